@@ -1,0 +1,211 @@
+"""What to adapt and how: one frozen, validated configuration for the whole family of adapters.
+
+``partition`` x ``modulation`` spans the family (method.md names the papers):
+
+============== ===================================== ==========================
+modulation     partition                             member
+============== ===================================== ==========================
+none           none                                  LoRA
+none           contiguous_blocks                     MELoRA
+weight         none                                  HiRA
+weight         spectral_blocks (the default)         SMoA, 2605.21147
+weight         spectral_bands                        SMoA, 2601.07507
+============== ===================================== ==========================
+
+The remaining pairs (random blocks, weight-modulated contiguous blocks, spectral blocks without
+modulation) are the ablations; bands without modulation mean nothing and are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, get_args
+
+from smoa_jax.adapter.views import parse_view
+
+Partition: TypeAlias = Literal[
+    "spectral_blocks", "spectral_bands", "contiguous_blocks", "random_blocks", "none"
+]
+ModulationKind: TypeAlias = Literal["weight", "none"]
+Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)"]
+
+#: The kernels that both SMoA papers adapt.
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+def split_evenly(size: int, num_pieces: int) -> tuple[int, ...]:
+    """``size`` in ``num_pieces`` pieces; the first ``size mod num_pieces`` have one more [S2]."""
+    quotient, remainder = divmod(size, num_pieces)
+    return tuple(quotient + (piece < remainder) for piece in range(num_pieces))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmoaConfig:
+    """Configuration of an adapter.
+
+    Args:
+        rank: Total rank R of a kernel, shared out over its subspaces.
+        num_subspaces: M, the number of blocks or bands (the papers' K).
+        partition: How a kernel's entries are divided into subspaces.
+        modulation: ``weight`` multiplies the low-rank product by the frozen weight, entry by
+            entry; ``none`` adds it as it is.
+        alpha: Numerator of the scale; None means each kernel's own R, so that the scale is 1
+            under ``alpha/r``.
+        dropout: Probability of dropping an input of the adapter's path, while training.
+        ranks: Rank of each subspace (they must sum to R); empty for an even split.
+        target_modules: Names (suffixes of dotted paths), one regular expression (a string, matched
+            against the whole dotted path), or ``"all-linear"``.
+        exclude_modules: Likewise, taken out again.
+        layers: Indices of the layers to adapt; empty for all.
+        rank_pattern: Regular expression on the whole dotted path -> R of the kernels it matches.
+        scaling: ``alpha/r`` or, rank-stabilised, ``alpha/sqrt(r)``.
+        kernel_views: Regular expression on the dotted path of a kernel -> how its axes form
+            layers, inputs and outputs, such as ``"L | D | N H"`` (see ``views.py``).
+
+    Raises:
+        ValueError: for any value or combination that has no meaning.
+    """
+
+    rank: int = 32
+    num_subspaces: int = 2
+    partition: Partition = "spectral_blocks"
+    modulation: ModulationKind = "weight"
+    alpha: float | None = None
+    dropout: float = 0.0
+    ranks: tuple[int, ...] = ()
+    target_modules: str | Sequence[str] = DEFAULT_TARGETS
+    exclude_modules: str | Sequence[str] = ()
+    layers: tuple[int, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    scaling: Scaling = "alpha/r"
+    kernel_views: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("partition", get_args(Partition)),
+            ("modulation", get_args(ModulationKind)),
+            ("scaling", get_args(Scaling)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"got {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}"
+                )
+        for name in ("ranks", "layers", "target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):  # as YAML and JSON give them
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_ranks(self)
+        _check_numbers(self)
+        _check_patterns(self)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the subspaces are diagonal blocks of a partition of inputs and outputs."""
+        return self.partition.endswith("_blocks")
+
+    def subspace_ranks(self, rank: int, path: str) -> tuple[int, ...]:
+        """R_m of each subspace of the kernel at ``path`` whose total rank is ``rank``."""
+        if not self.ranks:
+            return split_evenly(rank, self.num_subspaces)
+        if sum(self.ranks) != rank:
+            raise ValueError(
+                f"got ranks={self.ranks}, which sum to {sum(self.ranks)}, for {path}, whose "
+                f"rank is {rank} by rank_pattern; expected equal sums; leave ranks empty or drop "
+                "the pattern"
+            )
+        return self.ranks
+
+    def scale(self, rank: int) -> float:
+        """s of a kernel of total rank ``rank``; 0 for rank 0 (a layer left out)."""
+        if rank == 0:
+            return 0.0
+        alpha = float(rank) if self.alpha is None else self.alpha
+        return alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
+
+    @classmethod
+    def lora(cls, rank: int, **changes) -> SmoaConfig:
+        """LoRA (arXiv 2106.09685)."""
+        fixed = {"num_subspaces": 1, "partition": "none", "modulation": "none"}
+        return cls(rank=rank, **(fixed | changes))
+
+    @classmethod
+    def hira(cls, rank: int, **changes) -> SmoaConfig:
+        """HiRA (ICLR 2025, OpenReview TwJrTz9cRS)."""
+        fixed = {"num_subspaces": 1, "partition": "none", "modulation": "weight"}
+        return cls(rank=rank, **(fixed | changes))
+
+    @classmethod
+    def melora(cls, rank: int, num_subspaces: int, **changes) -> SmoaConfig:
+        """MELoRA (arXiv 2402.17263)."""
+        fixed = {"partition": "contiguous_blocks", "modulation": "none"}
+        return cls(rank=rank, num_subspaces=num_subspaces, **(fixed | changes))
+
+
+def _check_ranks(config: SmoaConfig) -> None:
+    rank, subspaces = config.rank, config.num_subspaces
+    if rank < 1:
+        raise ValueError(f"got rank={rank}; expected at least 1")
+    if subspaces < 1:
+        raise ValueError(f"got num_subspaces={subspaces}; expected at least 1")
+    if config.partition == "none" and subspaces != 1:
+        raise ValueError(
+            f"got partition='none' with num_subspaces={subspaces}; expected num_subspaces=1, or "
+            "a partition that makes subspaces, such as 'spectral_blocks'"
+        )
+    if config.partition == "spectral_bands" and config.modulation == "none":
+        raise ValueError(
+            "got partition='spectral_bands' with modulation='none'; expected modulation='weight', "
+            "since a band is a part of the weight; use 'none' as partition for LoRA"
+        )
+    if config.ranks:
+        if len(config.ranks) != subspaces or min(config.ranks) < 1:
+            raise ValueError(
+                f"got ranks={config.ranks}; expected {subspaces} positive ranks, one for each of "
+                f"num_subspaces={subspaces}"
+            )
+        if sum(config.ranks) != rank:
+            raise ValueError(
+                f"got ranks={config.ranks}, which sum to {sum(config.ranks)}; expected a sum of "
+                f"rank={rank}; change one of the two"
+            )
+    for pattern, value in [("rank", rank), *config.rank_pattern.items()]:
+        if value < subspaces:
+            raise ValueError(
+                f"got rank {value} ({pattern}) for {subspaces} subspaces; expected at least one "
+                "rank for each; raise the rank or lower num_subspaces"
+            )
+
+
+def _check_numbers(config: SmoaConfig) -> None:
+    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha > 0):
+        raise ValueError(f"got alpha={config.alpha}; expected a positive number, or None for R")
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"got dropout={config.dropout}; expected 0 <= dropout < 1")
+    if any(layer < 0 for layer in config.layers) or len(set(config.layers)) != len(config.layers):
+        raise ValueError(f"got layers={config.layers}; expected distinct indices from 0")
+
+
+def _check_patterns(config: SmoaConfig) -> None:
+    if not config.target_modules:
+        raise ValueError(
+            "got empty target_modules; expected names such as 'q_proj', a regular expression or "
+            "'all-linear'"
+        )
+    regexes = [("rank_pattern", p) for p in config.rank_pattern]
+    regexes += [("kernel_views", p) for p in config.kernel_views]
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str) and value and value != "all-linear":
+            regexes.append((name, value))
+    for name, pattern in regexes:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"got {name}={pattern!r}, not a regular expression ({error}); expected one that "
+                "matches a whole dotted path"
+            ) from error
+    for view in config.kernel_views.values():
+        parse_view(view)
