@@ -1,0 +1,181 @@
+"""One or many safetensors files as one checkpoint, read slice by slice.
+
+Opening checks every header against the size of its file (the library does), so a truncated
+download is found before any weight is read. Each process reads only the slices that it asks for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from smoa_jax.checkpoint.assemble import Index, StoredTensor
+from smoa_jax.checkpoint.errors import CheckpointError, listed
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class SafetensorsFiles:
+    """The tensors of several files under one roof.
+
+    Example:
+
+        files = SafetensorsFiles("model", [Path("model/model.safetensors")])
+        files.read("model.norm.weight", (slice(0, 16),))
+
+    Args:
+        source: what to call the whole in error messages.
+        paths: the files; a tensor that two of them hold is an error.
+    """
+
+    def __init__(self, source: str, paths: Sequence[Path]):
+        self.source = source
+        self.tensors: dict[str, StoredTensor] = {}
+        self._slices: dict[str, Any] = {}
+        self._spans: dict[str, tuple[Path, int, int]] = {}
+        for path in paths:
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        header, start = _read_header(path)
+        try:
+            handle = safe_open(str(path), framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(_broken(path, error)) from error
+        for name in handle.keys():  # noqa: SIM118 (the handle is not a mapping)
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"{path}: {name} is also in {self._spans[name][0].name}; expected it once"
+                )
+            view = handle.get_slice(name)
+            self.tensors[name] = StoredTensor(shape=tuple(view.get_shape()), dtype=view.get_dtype())
+            self._slices[name] = view
+            begin, end = header[name]["data_offsets"]
+            self._spans[name] = (path, start + begin, start + end)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        dtype = self.tensors[name].dtype
+        if dtype not in _FLOATING:
+            raise CheckpointError(
+                f"{self.source}: {name} is stored as {dtype}; expected one of "
+                f"{', '.join(_FLOATING)}: quantised safetensors can't be read"
+            )
+        return self._slices[name][index]
+
+    def ends(self, name: str, size: int) -> tuple[bytes, bytes]:
+        path, begin, end = self._spans[name]
+        with path.open("rb") as file:
+            file.seek(begin)
+            first = file.read(min(size, end - begin))
+            file.seek(max(begin, end - size))
+            last = file.read(end - max(begin, end - size))
+        return first, last
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and where the data begins."""
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if _LFS_POINTER.startswith(prefix) and prefix:
+                raise CheckpointError(
+                    f"{path}: a Git LFS pointer, not the weights; expected a safetensors file: "
+                    "run `git lfs pull` where it was cloned"
+                )
+            size = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or size > path.stat().st_size:
+                raise ValueError("its header is cut off")
+            return json.loads(file.read(size)), 8 + size
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_broken(path, error)) from error
+
+
+def _broken(path: Path, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{path}: not a whole safetensors file ({reason}); expected an intact one: "
+        "download or copy it again"
+    )
+
+
+def open_directory(directory: Path) -> SafetensorsFiles:
+    """The safetensors of a Hugging Face directory, by its index when it has one."""
+    index_path = directory / INDEX_FILE
+    if index_path.is_file():
+        return _open_indexed(directory, index_path)
+    found = sorted(directory.glob("*.safetensors"))
+    if (directory / SINGLE_FILE).is_file():
+        found = [directory / SINGLE_FILE]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{directory}: {len(found)} safetensors files ({listed(path.name for path in found)}) "
+            f"but no {INDEX_FILE}; expected the index beside them: download it too"
+        )
+    if not found:
+        raise CheckpointError(_nothing_found(directory))
+    if found[0].name.startswith("adapter_"):
+        raise CheckpointError(
+            f"{directory}: only an adapter ({found[0].name}); expected a whole model: "
+            "name the base model's directory"
+        )
+    return SafetensorsFiles(str(directory), found)
+
+
+def _nothing_found(directory: Path) -> str:
+    suffixes = (".bin", ".pt", ".pth", ".ckpt")
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in suffixes)
+    if pickles:
+        return (
+            f"{directory}: only pickle files ({listed(pickles)}), which can run code when opened "
+            "and are refused; expected safetensors: convert them with transformers' "
+            "save_pretrained"
+        )
+    return f"{directory}: no safetensors file; expected {SINGLE_FILE} or {INDEX_FILE} and its parts"
+
+
+def _open_indexed(directory: Path, index_path: Path) -> SafetensorsFiles:
+    weight_map = _read_weight_map(index_path)
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(
+            f"{index_path}: names {listed(outside)}; expected files of its own directory"
+        )
+    absent = [name for name in names if not (directory / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index_path}: names {listed(absent)}, which {directory} doesn't hold; "
+            "expected every part: download the missing ones"
+        )
+    files = SafetensorsFiles(str(directory), [directory / name for name in names])
+    lost = [name for name in weight_map if name not in files.tensors]
+    if lost:
+        raise CheckpointError(
+            f"{index_path}: places {listed(lost)} in files that don't hold it; "
+            "expected index and parts of one download"
+        )
+    return files
+
+
+def _read_weight_map(index_path: Path) -> Mapping[str, str]:
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index_path}: not a safetensors index; expected JSON with a weight_map from tensor "
+            "to file: download it again"
+        ) from error
+    return weight_map
