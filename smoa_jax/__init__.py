@@ -1,0 +1,19 @@
+"""SMoA adapters for JAX: high-rank modulation of frozen weights, as pure functions on a tree."""
+
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.merge import merge_report, merge_smoa
+from smoa_jax.adapter.modulation import modulated_matmul
+from smoa_jax.adapter.spectrum import plan_spectra
+from smoa_jax.adapter.tree import apply_smoa, combine, partition, trainable_mask
+
+__all__ = [
+    "SmoaConfig",
+    "apply_smoa",
+    "combine",
+    "merge_report",
+    "merge_smoa",
+    "modulated_matmul",
+    "partition",
+    "plan_spectra",
+    "trainable_mask",
+]

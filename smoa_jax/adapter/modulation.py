@@ -129,7 +129,9 @@ def _product(sharding, x, kernel, modulation, dropout_key):
 
 def _product_forward(sharding, x, kernel, modulation, dropout_key):
     perturbed = jax.tree.map(lambda p: p.perturbed, (x, kernel), is_leaf=_is_primal)
-    values = jax.tree.map(lambda p: p.value, (x, kernel, modulation, dropout_key), is_leaf=_is_primal)
+    values = jax.tree.map(
+        lambda p: p.value, (x, kernel, modulation, dropout_key), is_leaf=_is_primal
+    )
     return _product(sharding, *values), (perturbed, values)
 
 
@@ -188,10 +190,15 @@ def _contract(sharding, dropped, kernel, modulation, cotangent):
     if sharding is None:
         return _factor_gradients(dropped, kernel, modulation, cotangent)
     spec = jax.sharding.PartitionSpec
-    batch, inputs, outputs = (s or None for s in (sharding.batch, sharding.inputs, sharding.outputs))
+    batch, inputs, outputs = (
+        s or None for s in (sharding.batch, sharding.inputs, sharding.outputs)
+    )
     middle = (None,) * (dropped.ndim - 2)
     specs = {
-        "a": spec(inputs), "b": spec(outputs), "in_block": spec(inputs), "out_block": spec(outputs),
+        "a": spec(inputs),
+        "b": spec(outputs),
+        "in_block": spec(inputs),
+        "out_block": spec(outputs),
         "bands": spec(None, inputs, outputs),
     }
     if isinstance(modulation, Bands):
@@ -209,7 +216,9 @@ def _contract(sharding, dropped, kernel, modulation, cotangent):
         local,
         mesh=sharding.mesh,
         in_specs=(
-            spec(batch, *middle, inputs), spec(inputs, outputs), node_specs,
+            spec(batch, *middle, inputs),
+            spec(inputs, outputs),
+            node_specs,
             spec(batch, *middle, outputs),
         ),
         out_specs=(specs["a"], specs["b"]),
@@ -249,7 +258,11 @@ def _dense(x, kernel):
 
 def _dense_forward(x, kernel):
     perturbed = kernel.perturbed
-    return _dense(x.value, kernel.value), (x.perturbed, x.value if perturbed else None, kernel.value)
+    return _dense(x.value, kernel.value), (
+        x.perturbed,
+        x.value if perturbed else None,
+        kernel.value,
+    )
 
 
 def _dense_backward(saved, cotangent):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from threadpoolctl import threadpool_limits
 
 from smoa_jax.adapter.config import SmoaConfig
@@ -95,11 +97,8 @@ def plan_spectra(
     kernels = [_module(base_params, target)[target.key] for target in targets]
     if any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels):
         return {t.name: _abstract(t, k, config) for t, k in zip(targets, kernels, strict=True)}
-    if any(isinstance(kernel, jax.core.Tracer) for kernel in kernels):
-        raise ValueError(
-            "got traced params in plan_spectra; expected concrete arrays (planning runs outside "
-            "jit) or ShapeDtypeStructs; plan first and pass the spectra to apply_smoa"
-        )
+    if any(isinstance(kernel, Tracer) for kernel in kernels):
+        return {t.name: _traced(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
     jobs = [
         (target, kernel, layer)
@@ -126,9 +125,7 @@ def plan_spectra(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {
-        t.name: _assemble(t, k, config, results) for t, k in zip(targets, kernels, strict=True)
-    }
+    return {t.name: _assemble(t, k, config, results) for t, k in zip(targets, kernels, strict=True)}
 
 
 def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
@@ -159,7 +156,7 @@ def band_cuts(singular_values: np.ndarray, num_bands: int, path: str) -> tuple[i
     energy = energy / energy[-1] if energy[-1] > 0 else energy
     cuts = [int(np.searchsorted(energy, m / num_bands, side="right")) for m in range(1, num_bands)]
     edges = [0, *cuts, len(values)]
-    for band, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for band, (start, stop) in enumerate(itertools.pairwise(edges)):
         if stop <= start:
             raise ValueError(
                 f"got an empty spectral band {band + 1} of {num_bands} in {path}, whose first "
@@ -176,7 +173,7 @@ class _Planner:
         self._config = config
         self._cache_dir = cache_dir
 
-    def layer(self, target: Target, kernel: Any, layer: int, device: jax.Device):
+    def layer(self, target: Target, kernel: Any, layer: int, device: Any) -> dict[str, np.ndarray]:
         name = f"{target.name}[{layer}]" if target.leading else target.name
         matrix = kernel_layer(kernel, target, layer)
         path = self._entry(matrix)
@@ -301,7 +298,7 @@ def _bands(matrix: jax.Array, num_bands: int, name: str) -> dict[str, np.ndarray
     edges = (0, *cuts)
     rest = matrix.astype(jnp.float32)
     parts, norms = [], []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         part = _band(vectors, projected, start=start, stop=stop, transposed=transposed)
         part = part.astype(matrix.dtype)  # the last band then takes up this rounding
         rest = rest - part.astype(jnp.float32)
@@ -336,6 +333,40 @@ def _abstract(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
         cuts=struct(subspaces - 1),
         norms=struct(subspaces),
     )
+
+
+def _traced(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
+    """The same as part of a traced program; ``jax.eval_shape`` then computes nothing."""
+    matrix = target.view.to_matrix(kernel)
+    layers = matrix if target.leading else matrix[None]
+    if config.has_blocks:
+        spectrum = BlockScores(**jax.lax.map(_scores, layers))
+    else:
+        subspaces = config.num_subspaces
+        spectrum = jax.lax.map(lambda w: _traced_bands(w, subspaces, target.name), layers)
+    return spectrum if target.leading else jax.tree.map(lambda leaf: leaf[0], spectrum)
+
+
+def _traced_bands(matrix: jax.Array, num_bands: int, name: str) -> BandParts:
+    transposed = matrix.shape[0] > matrix.shape[1]
+    vectors, projected, values = _factors(matrix)
+    cuts = jax.pure_callback(  # on the host, for float64 and for the error of an empty band
+        lambda s: np.asarray(band_cuts(np.asarray(s), num_bands, name), np.float32),
+        jax.ShapeDtypeStruct((num_bands - 1,), jnp.float32),
+        values,
+    )
+    edges = jnp.concatenate([jnp.zeros(1), cuts])
+    index = jnp.arange(values.shape[0])
+    rest, parts, norms = matrix.astype(jnp.float32), [], []
+    for band in range(num_bands - 1):
+        inside = (index >= edges[band]) & (index < edges[band + 1])
+        part = jnp.matmul(vectors * inside[None, :], projected.T, precision=_HIGHEST)
+        part = (part.T if transposed else part).astype(matrix.dtype)
+        rest = rest - part.astype(jnp.float32)
+        parts.append(part)
+        norms.append(jnp.linalg.norm(part.astype(jnp.float32)))
+    bands = jnp.stack(parts) if parts else jnp.zeros((0, *matrix.shape), matrix.dtype)
+    return BandParts(bands=bands, cuts=cuts, norms=jnp.stack([*norms, jnp.linalg.norm(rest)]))
 
 
 def _assemble(target: Target, kernel: Any, config: SmoaConfig, results) -> Spectrum:
