@@ -172,7 +172,7 @@ def _assemble_array(
 ) -> jax.Array:
     if sharding is None:
         return jax.device_put(_read_shard(reader, slots, leaf, (slice(None),) * len(leaf.shape)))
-    holders: dict[tuple, list[jax.Device]] = {}
+    holders: dict[tuple, list[Any]] = {}
     indices: dict[tuple, Index] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         assert index is not None

@@ -26,7 +26,7 @@ from smoa_jax.checkpoint.huggingface import (
 from smoa_jax.checkpoint.names import tensor_slots
 from smoa_jax.checkpoint.safetensors_files import open_directory
 from smoa_jax.models.config import DecoderConfig
-from smoa_jax.models.decoder import abstract_params
+from smoa_jax.models.params import abstract_params
 
 if TYPE_CHECKING:
     from smoa_jax.checkpoint.gguf_files import GgufFile

@@ -18,9 +18,20 @@ from gguf.quants import dequantize
 
 from smoa_jax.checkpoint.assemble import Index, StoredTensor
 from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.hf_config import rope_scaling_fields
 from smoa_jax.checkpoint.names import EMBEDDING_NAME, HEAD_NAME, name_of_gguf
+from smoa_jax.models.config import RopeScaling
+from smoa_jax.models.rope import rope_frequencies
 
 ARCHITECTURES = ("llama",)
+
+_ROPE_FACTORS = "rope_freqs.weight"
+# GGUF keeps what these make of the frequencies, not the numbers; all Llama 3 releases share them.
+_LLAMA3_CONSTANTS: dict[str, Any] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_positions": 8192,
+}
 
 # Values dequantised at a time: a few MiB, so that a large embedding has no large temporaries.
 _CHUNK_VALUES = 2**21
@@ -71,6 +82,7 @@ class GgufFile:
             shape = tuple(int(size) for size in reversed(tensor.shape))
             self._stored[name] = tensor
             self.tensors[name] = StoredTensor(shape=shape, dtype=tensor.tensor_type.name)
+        self.tensors.pop(_ROPE_FACTORS, None)  # part of the config, not of the params
         self._check_architecture()
         self._orders = {
             "q": _rotary_order(self.integer("attention.head_count"), self._head_dim()),
@@ -191,13 +203,33 @@ class GgufFile:
             "attention_bias": False,
             "mlp_bias": False,
         }
-        scaling = self.metadata("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            config["rope_scaling"] = {
-                "rope_type": scaling,
-                "factor": self.real("rope.scaling.factor"),
-            }
-        return {**config, **self.generation_config()}
+        return {**config, **self._rope_scaling(), **self.generation_config()}
+
+    def _rope_scaling(self) -> dict[str, Any]:
+        kind = self.metadata("llama.rope.scaling.type", "none")
+        if _ROPE_FACTORS in self._stored:
+            if kind != "none":
+                raise CheckpointError(
+                    f"{self.source}: both {_ROPE_FACTORS} and rope.scaling.type {kind!r}; "
+                    "expected one of them"
+                )
+            return rope_scaling_fields(self._llama3_scaling())
+        if kind == "none":
+            return {}
+        return {"rope_scaling": {"rope_type": kind, "factor": self.real("rope.scaling.factor")}}
+
+    def _llama3_scaling(self) -> RopeScaling:
+        """The Llama 3 scaling whose divisors of the frequencies the file holds as a tensor."""
+        stored = self._dequantize(_ROPE_FACTORS, self._stored[_ROPE_FACTORS].data).reshape(-1)
+        head_dim, base = self._head_dim(), self.real("rope.freq_base", 10000.0)
+        scaling = RopeScaling(kind="llama3", factor=float(stored.max()), **_LLAMA3_CONSTANTS)
+        expected = rope_frequencies(head_dim, base) / rope_frequencies(head_dim, base, scaling)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
+            raise CheckpointError(
+                f"{self.source}: {_ROPE_FACTORS} holds other factors than Llama 3's rotary "
+                "scaling; expected those of Llama 3.1 to 3.3: use the safetensors of this model"
+            )
+        return scaling
 
     def generation_config(self) -> dict[str, Any]:
         """The special tokens' ids, as ``generation_config.json`` names them."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa_jax.checkpoint.errors import CheckpointError, listed
-from smoa_jax.models.config import DecoderConfig
+from smoa_jax.models.config import DecoderConfig, RopeScaling
 
 MODEL_TYPES = ("llama",)
 
@@ -26,6 +26,7 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _DEFAULT_ROPE_THETA = 10000.0
+_ROPE_TYPES = ("default", "linear", "llama3")
 
 # Fields that would change the function, with the values under which they don't.
 _MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
@@ -71,6 +72,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> De
         )
     values = {"num_key_value_heads": heads, "head_dim": embed_dim // heads, **values}
     try:
+        rope_base, rope_scaling = _rope(values, source)
         return DecoderConfig(
             vocab_size=_whole(values, "vocab_size", source),
             embed_dim=embed_dim,
@@ -82,7 +84,8 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> De
             max_positions=_whole(values, "max_position_embeddings", source),
             norm_epsilon=_positive(values, "rms_norm_eps", source),
             tie_embeddings=_truth(values, "tie_word_embeddings", source),
-            rope_base=_rope_base(fields, source),
+            rope_base=rope_base,
+            rope_scaling=rope_scaling,
             activation="silu",
         )
     except CheckpointError:
@@ -140,6 +143,7 @@ def _fields_of(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
+        **rope_scaling_fields(config.rope_scaling),
     }
 
 
@@ -158,30 +162,66 @@ def _refuse_other_models(fields: Mapping[str, Any], source: str) -> None:
             )
 
 
-def _rope_base(fields: Mapping[str, Any], source: str) -> float:
-    thetas = {}
+def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, RopeScaling]:
+    """The base and the scaling, wherever the file says them; an error where it contradicts itself.
+
+    Newer ``rope_parameters`` hold both; older ``rope_scaling`` stands beside ``rope_theta``.
+    """
+    bases, scalings = {}, {}
     if fields.get("rope_theta") is not None:
-        thetas["rope_theta"] = _positive(fields, "rope_theta", source)
+        bases["rope_theta"] = _positive(fields, "rope_theta", source)
     for key in ("rope_parameters", "rope_scaling"):
         rope = fields.get(key)
-        if rope is None:
+        if rope is None or rope == {}:
             continue
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{source}: {key} is {_short(rope)}; expected an object")
-        _check_rope(rope, f"{source}: {key}")
+        scalings[key] = _rope_scaling(rope, fields["max_position_embeddings"], f"{source}: {key}")
         if rope.get("rope_theta") is not None:
-            thetas[key] = _positive(rope, "rope_theta", f"{source}: {key}")
-    if len(set(thetas.values())) > 1:
-        raise CheckpointError(f"{source}: the rotary base differs between {listed(thetas)}")
-    return next(iter(thetas.values()), _DEFAULT_ROPE_THETA)
+            bases[key] = _positive(rope, "rope_theta", f"{source}: {key}")
+    for values in (bases, scalings):
+        if len(set(values.values())) > 1:
+            raise CheckpointError(
+                f"{source}: {listed(values)} contradict each other; expected the same rotary "
+                "embedding in each: remove the wrong one"
+            )
+    base = next(iter(bases.values()), _DEFAULT_ROPE_THETA)
+    return base, next(iter(scalings.values()), RopeScaling())
 
 
-def _check_rope(rope: Mapping[str, Any], where: str) -> None:
+def _rope_scaling(rope: Mapping[str, Any], max_positions: int, where: str) -> RopeScaling:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"{where} has type {_short(kind)}; expected default")
+    if kind not in _ROPE_TYPES:
+        raise CheckpointError(
+            f"{where} has rope_type {_short(kind)}; expected one of {', '.join(_ROPE_TYPES)}"
+        )
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise CheckpointError(f"{where} rotates a part of each head; expected all of it")
+    if kind == "default":
+        return RopeScaling()
+    factor = _positive(rope, "factor", where)
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    original = {"original_max_position_embeddings": max_positions, **rope}
+    return RopeScaling(
+        kind="llama3",
+        factor=factor,
+        low_freq_factor=_positive(rope, "low_freq_factor", where),
+        high_freq_factor=_positive(rope, "high_freq_factor", where),
+        original_max_positions=_whole(original, "original_max_position_embeddings", where),
+    )
+
+
+def rope_scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
+    """The ``rope_scaling`` entry of a ``config.json``; {} for none."""
+    if scaling.kind == "none":
+        return {}
+    entry: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        entry["low_freq_factor"] = scaling.low_freq_factor
+        entry["high_freq_factor"] = scaling.high_freq_factor
+        entry["original_max_position_embeddings"] = scaling.original_max_positions
+    return {"rope_scaling": entry}
 
 
 def _whole(values: Mapping[str, Any], key: str, source: str) -> int:
