@@ -22,7 +22,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from smoa_jax.adapter.views import parse_view
 
@@ -125,21 +125,21 @@ class SmoaConfig:
         return alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
 
     @classmethod
-    def lora(cls, rank: int, **changes) -> SmoaConfig:
+    def lora(cls, rank: int, **changes: Any) -> SmoaConfig:
         """LoRA (arXiv 2106.09685)."""
-        fixed = {"num_subspaces": 1, "partition": "none", "modulation": "none"}
+        fixed: dict[str, Any] = {"num_subspaces": 1, "partition": "none", "modulation": "none"}
         return cls(rank=rank, **(fixed | changes))
 
     @classmethod
-    def hira(cls, rank: int, **changes) -> SmoaConfig:
+    def hira(cls, rank: int, **changes: Any) -> SmoaConfig:
         """HiRA (ICLR 2025, OpenReview TwJrTz9cRS)."""
-        fixed = {"num_subspaces": 1, "partition": "none", "modulation": "weight"}
+        fixed: dict[str, Any] = {"num_subspaces": 1, "partition": "none", "modulation": "weight"}
         return cls(rank=rank, **(fixed | changes))
 
     @classmethod
-    def melora(cls, rank: int, num_subspaces: int, **changes) -> SmoaConfig:
+    def melora(cls, rank: int, num_subspaces: int, **changes: Any) -> SmoaConfig:
         """MELoRA (arXiv 2402.17263)."""
-        fixed = {"partition": "contiguous_blocks", "modulation": "none"}
+        fixed: dict[str, Any] = {"partition": "contiguous_blocks", "modulation": "none"}
         return cls(rank=rank, num_subspaces=num_subspaces, **(fixed | changes))
 
 

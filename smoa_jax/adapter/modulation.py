@@ -27,11 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from smoa_jax.adapter.types import Bands, Blocks, LowRank, Modulation
-from smoa_jax.adapter.views import view_of
+from smoa_jax.adapter.types import Bands, Blocks, Modulation
+from smoa_jax.adapter.views import parse_view
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_HIGH = jax.lax.Precision.HIGH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +100,11 @@ def dense_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def residual(kernel: jax.Array, modulation: Modulation) -> jax.Array:
     """``W' - W`` of one layer's ``(I, O)`` kernel in float32, at the highest precision."""
     if modulation.weight_modulated:
-        return sum(
-            (_anchor(kernel, modulation, m) * _low_rank(modulation, m, _HIGHEST))
+        terms = (
+            _anchor(kernel, modulation, m) * _low_rank(modulation, m, _HIGHEST)
             for m in range(_num_terms(modulation))
         )
+        return functools.reduce(jnp.add, terms)
     a, b = _masked_factors(modulation)
     return _f32(modulation.scale) * _dot(a, b, 1, 1, _HIGHEST)
 
@@ -137,8 +137,7 @@ def _product_forward(sharding, x, kernel, modulation, dropout_key):
 
 def _product_backward(sharding, saved, cotangent):
     (x_perturbed, kernel_perturbed), (x, kernel, modulation, dropout_key) = saved
-    if isinstance(cotangent, SymbolicZero):
-        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+    cotangent = _instantiate(cotangent)
     dropped = _dropout(x, dropout_key, modulation.dropout)
     dx = None
     if x_perturbed:
@@ -267,8 +266,7 @@ def _dense_forward(x, kernel):
 
 def _dense_backward(saved, cotangent):
     x_perturbed, x, kernel = saved
-    if isinstance(cotangent, SymbolicZero):
-        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+    cotangent = _instantiate(cotangent)
     dtype = cotangent.dtype
     dx = _dot(cotangent, kernel.astype(dtype), -1, 1).astype(dtype) if x_perturbed else None
     dkernel = None if x is None else _contract_leading(x, cotangent).astype(kernel.dtype)
@@ -349,6 +347,14 @@ def _f32(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 
+def _instantiate(cotangent: Any) -> jax.Array:
+    """A cotangent as an array: JAX hands over symbolic zeros where nothing depends on y."""
+    if isinstance(cotangent, SymbolicZero):
+        aval: Any = cotangent.aval
+        return jnp.zeros(aval.shape, aval.dtype)
+    return cotangent
+
+
 def _is_primal(value: Any) -> bool:
     return hasattr(value, "perturbed")
 
@@ -383,8 +389,7 @@ def _contract_leading(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _viewed_matmul(x, kernel, modulation, dropout_key, sharding):
-    view = view_of(modulation.view, kernel.ndim + _layer_axes(modulation), "the kernel")
-    view = view.of_one_layer()
+    view = parse_view(modulation.view).of_one_layer()
     _, inputs, outputs = view.split(kernel.shape)
     leading = x.shape[: x.ndim - len(inputs)]
     if x.shape[len(leading) :] != inputs:
@@ -396,12 +401,6 @@ def _viewed_matmul(x, kernel, modulation, dropout_key, sharding):
     flat = x.reshape(*leading, modulation.a.shape[-2])
     y = modulated_matmul(flat, view.to_matrix(kernel), plain, dropout_key, sharding)
     return y.reshape(*leading, *outputs)
-
-
-def _layer_axes(modulation: Modulation) -> int:
-    from smoa_jax.adapter.views import parse_view
-
-    return parse_view(modulation.view).num_layer_axes
 
 
 def _check_shapes(x: jax.Array, kernel: jax.Array, modulation: Modulation) -> None:
@@ -420,7 +419,6 @@ def _check_shapes(x: jax.Array, kernel: jax.Array, modulation: Modulation) -> No
 
 
 __all__ = [
-    "LowRank",
     "MatmulSharding",
     "dense_matmul",
     "modulated_matmul",

@@ -216,6 +216,7 @@ def _initial_layer(
     if config.partition == "none":
         a = _uniform(key, (inputs, width), bound) * kept
         return LowRank(a=a, b=jnp.zeros((outputs, width), jnp.float32), **common)
+    assert spectrum is not None, "bands are planned, and _check_spectra has seen to it"
     used = jnp.arange(width)[None, :] < jnp.asarray(ranks)[:, None]
     a = _uniform(key, (len(ranks), inputs, width), bound) * used[:, None, :] * kept
     return Bands(
