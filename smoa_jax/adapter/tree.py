@@ -279,6 +279,7 @@ def _check_spectra(spectra: Spectra, targets: list[Target], config: SmoaConfig) 
             got = (tuple(spectrum.inputs.shape), tuple(spectrum.outputs.shape))
             expected = ((*leading, inputs), (*leading, outputs))
         else:
+            assert isinstance(spectrum, BandParts)
             got = tuple(spectrum.bands.shape)
             expected = (*leading, config.num_subspaces - 1, inputs, outputs)
         if got != expected:
