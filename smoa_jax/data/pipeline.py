@@ -1,0 +1,272 @@
+"""Batches in an order that is a function of (seed, epoch, global row), resumable anywhere.
+
+The training stream is one endless sequence of rows: a permutation of all rows, then another, and so
+on. A batch is the next ``batch_size`` rows of it, so a batch may span two epochs, and within an
+epoch no row is skipped or repeated. Every process takes its slice of each global batch.
+
+The state is a small JSON of the *global* position. It comes with the batch it belongs to, because
+Grain's threads read ahead, and says nothing of processes, so a run resumes on another number of
+them; nor of the batch size, so that may change as well.
+
+With length buckets each bucket is such a sequence, and a batch is taken from the one that is
+furthest behind: all buckets advance through their epochs together. One bucket is the plain case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import grain
+import numpy as np
+
+from smoa_jax.data.encode import Examples
+from smoa_jax.data.packing import Batch, RowPlan, make_batch
+
+#: JSON-serialisable position in the data; see ``TrainStream``.
+StreamState: TypeAlias = dict[str, Any]
+
+
+def epoch_order(seed: int, epoch: int, rows: int, bucket: int = 0) -> np.ndarray:
+    """The permutation of ``range(rows)`` of one epoch.
+
+    Sorting raw bits of a counter-based generator, which NumPy promises to keep, while the streams
+    of ``Generator.permutation`` may change from one NumPy release to the next.
+    """
+    bits = np.random.Philox(key=[seed, bucket], counter=[0, 0, 0, epoch])
+    return np.argsort(bits.random_raw(rows), kind="stable")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExamplesIndex:
+    """Examples and the rows they are laid out in: what batches are made from."""
+
+    examples: Examples
+    plan: RowPlan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+
+class TrainStream:
+    """An endless iterator over (batch, state).
+
+    ``state`` is the position *after* its batch: restoring it yields the batch that would have come
+    next. It is ``{"positions": [rows taken from each bucket], "seed", "rows", "plan"}``.
+
+    Example:
+        stream = TrainStream(index, batch_size=32, seed=0)
+        batch, state = next(stream)
+        ...
+        TrainStream(index, batch_size=32, seed=0).restore(state)
+
+    Args:
+        index: Examples and their rows.
+        batch_size: Rows of a *global* batch.
+        seed: Of the order.
+        process_index: Which slice of each global batch this process gets.
+        process_count: How many slices there are.
+        prefetch: Batches to make ahead in the background; 0 makes each when asked for.
+
+    Raises:
+        ValueError: ``batch_size`` is not a multiple of ``process_count``.
+    """
+
+    def __init__(
+        self,
+        index: ExamplesIndex,
+        batch_size: int,
+        seed: int,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        _check_slice(batch_size, process_index, process_count)
+        if seed < 0:
+            raise ValueError(f"got data seed {seed}; expected 0 or more")
+        self._index = index
+        self._batch_size = batch_size
+        self._seed = seed
+        self._slice = _slice_of(batch_size, process_index, process_count)
+        self._prefetch = prefetch
+        self._positions = (0,) * len(index.plan.buckets)
+        self._batches: Iterator[tuple[Batch, StreamState]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Batch, StreamState]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, StreamState]:
+        if self._batches is None:
+            self._batches = self._start()
+        batch, state = next(self._batches)
+        self._positions = tuple(state["positions"])
+        return batch, state
+
+    @property
+    def state(self) -> StreamState:
+        """The position after the last batch that was handed out."""
+        return _state(self._index.plan, self._seed, self._positions)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs handed out so far."""
+        return sum(self._positions) / len(self._index)
+
+    def restore(self, state: StreamState) -> TrainStream:
+        """Continues after the batch that ``state`` came with; returns the stream itself.
+
+        Raises:
+            ValueError: The state belongs to another seed or to other data.
+        """
+        for key, value in self.state.items():
+            if key == "positions":
+                continue
+            if state.get(key) != value:
+                raise ValueError(
+                    f"got a data position with {key} {state.get(key)!r}; expected {value!r}; "
+                    "resume with the data settings of the run, or start a new run"
+                )
+        self.close()
+        self._positions = tuple(int(position) for position in state["positions"])
+        return self
+
+    def close(self) -> None:
+        """Stops the background threads; the stream may be read on afterwards."""
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()  # type: ignore[attr-defined]
+
+    def _start(self) -> Iterator[tuple[Batch, StreamState]]:
+        source = _BatchSource(
+            self._index, self._batch_size, self._seed, self._slice, self._positions
+        )
+        options = grain.ReadOptions(
+            num_threads=min(self._prefetch, 2), prefetch_buffer_size=self._prefetch
+        )
+        return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+class _BatchSource:
+    """Grain's random-access view of the stream: item k is the k-th batch after ``start``."""
+
+    def __init__(
+        self,
+        index: ExamplesIndex,
+        batch_size: int,
+        seed: int,
+        rows: slice,
+        start: tuple[int, ...],
+    ) -> None:
+        self._index = index
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rows = rows
+        plan = index.plan
+        self._members = [np.flatnonzero(plan.bucket_of_row == b) for b in range(len(plan.buckets))]
+        self._schedule = _Schedule(tuple(map(len, self._members)), batch_size, start)
+        self._order = functools.lru_cache(maxsize=4 * len(plan.buckets))(self._epoch)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[Batch, StreamState]:
+        bucket, before, after = self._schedule[index]
+        first = before[bucket]
+        rows = [self._row(bucket, first + offset) for offset in range(self._batch_size)[self._rows]]
+        plan = self._index.plan
+        batch = make_batch(
+            self._index.examples,
+            plan,
+            rows,
+            length=plan.buckets[bucket],
+            batch_size=len(rows),
+        )
+        return batch, _state(plan, self._seed, after)
+
+    def _row(self, bucket: int, position: int) -> int:
+        epoch, place = divmod(position, len(self._members[bucket]))
+        return int(self._order(bucket, epoch)[place])
+
+    def _epoch(self, bucket: int, epoch: int) -> np.ndarray:
+        members = self._members[bucket]
+        return members[epoch_order(self._seed, epoch, len(members), bucket)]
+
+
+class _Schedule:
+    """Which bucket each batch comes from: the one whose epochs are furthest behind.
+
+    With one bucket every item is a closed formula; with several the sequence is followed from its
+    start and remembered.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], batch_size: int, start: tuple[int, ...]) -> None:
+        self._sizes = sizes
+        self._batch_size = batch_size
+        self._known: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self._start = start
+        self._lock = threading.Lock()  # Grain asks from several threads
+
+    def __getitem__(self, item: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Bucket, positions before and positions after batch ``item``."""
+        if len(self._sizes) == 1:
+            first = self._start[0] + item * self._batch_size
+            return 0, (first,), (first + self._batch_size,)
+        with self._lock:
+            while len(self._known) <= item:
+                before = self._known[-1][2] if self._known else self._start
+                progress = [done / size for done, size in zip(before, self._sizes, strict=True)]
+                bucket = progress.index(min(progress))
+                after = list(before)
+                after[bucket] += self._batch_size
+                self._known.append((bucket, before, tuple(after)))
+            return self._known[item]
+
+
+def eval_batches(
+    index: ExamplesIndex, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every row exactly once, in order, the last batch filled up with rows of mask 0.
+
+    With buckets, one bucket after the other.
+    """
+    _check_slice(batch_size, process_index, process_count)
+    part = _slice_of(batch_size, process_index, process_count)
+    plan = index.plan
+    for bucket, length in enumerate(plan.buckets):
+        rows = np.flatnonzero(plan.bucket_of_row == bucket)
+        for start in range(0, len(rows), batch_size):
+            mine: Sequence[int] = rows[start : start + batch_size][part].tolist()
+            yield make_batch(
+                index.examples, plan, mine, length=length, batch_size=part.stop - part.start
+            )
+
+
+def _state(plan: RowPlan, seed: int, positions: tuple[int, ...]) -> StreamState:
+    return {
+        "positions": list(positions),
+        "seed": seed,
+        "rows": len(plan),
+        "plan": plan.fingerprint(),
+    }
+
+
+def _slice_of(batch_size: int, process_index: int, process_count: int) -> slice:
+    per_process = batch_size // process_count
+    return slice(process_index * per_process, (process_index + 1) * per_process)
+
+
+def _check_slice(batch_size: int, process_index: int, process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"got a batch of {batch_size} rows and {process_count} processes; expected a multiple "
+            "of the processes; change batch_size"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"got process {process_index} of {process_count}; expected 0 to {process_count - 1}"
+        )

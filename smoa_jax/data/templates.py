@@ -1,0 +1,193 @@
+"""Prompt templates: a row becomes pieces of text, and each piece says whether it trains.
+
+Pieces are tokenised one by one, so that two things hold by construction. The loss mask follows
+*positions*: a padding token that is also the end token stays trained where it ends a response. And
+the prompt's tokens in training equal those in generation, because both tokenise the same pieces;
+tokenising prompt and response in one go may merge across the seam.
+
+- ``alpaca``: the prompt of Alpaca and LLM-Adapters, which the SMoA and HiRA papers train with
+  (written here without LLM-Adapters' stray indentation);
+- ``chat``: the tokenizer's own chat template; every assistant turn trains, its end token included;
+- ``plain``: instruction, newline, output; ``prompt/completion`` rows as they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row
+from smoa_jax.data.tokenizer import trailing_special
+
+#: Names that ``make_template`` knows.
+TEMPLATES = ("alpaca", "chat", "plain")
+
+#: Templates that print today's date would change the tokens of a run from one day to the next.
+_FIXED_DATE = "26 Jul 2024"
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Text that is tokenised on its own. ``trained``: its tokens are learned as targets."""
+
+    text: str
+    trained: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The pieces of one row.
+
+    Attributes:
+        prompt: What generation starts from.
+        full: The whole training text; begins with the texts of ``prompt``.
+        append_eos: The text does not write its own end: the EOS id comes after it, trained.
+    """
+
+    prompt: tuple[Piece, ...]
+    full: tuple[Piece, ...]
+    append_eos: bool
+
+
+class Template(Protocol):
+    """Renders a row. Raises ``BadRowError`` for a row that it cannot express."""
+
+    def __call__(self, row: AnyRow) -> Rendered: ...
+
+
+def make_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """The template called ``name``; only ``chat`` asks the tokenizer.
+
+    Raises:
+        ValueError: An unknown name, or ``chat`` with a tokenizer that has no chat template.
+    """
+    if name == "alpaca":
+        return render_alpaca
+    if name == "plain":
+        return render_plain
+    if name != "chat":
+        raise ValueError(f"got template {name!r}; expected one of {', '.join(TEMPLATES)}")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "got template 'chat' and a tokenizer without a chat template; expected one in "
+            "chat_template.jinja or tokenizer_config.json; use template alpaca or plain"
+        )
+    return ChatTemplate(tokenizer)
+
+
+def render_alpaca(row: AnyRow) -> Rendered:
+    """Instruction, input if there is one, and response under Alpaca's headings."""
+    row = _as_single_turn(row, "alpaca")
+    pattern = _ALPACA_INPUT if row.input else _ALPACA
+    return _prompt_and_response(
+        pattern.format(instruction=row.instruction, input=row.input), row.output
+    )
+
+
+def render_plain(row: AnyRow) -> Rendered:
+    """Instruction, input and output on lines of their own, or joined as they stand."""
+    row = _as_single_turn(row, "plain")
+    prompt = row.instruction + (f"\n{row.input}" if row.input else "")
+    return _prompt_and_response(prompt if row.verbatim else prompt + "\n", row.output)
+
+
+def _prompt_and_response(prompt: str, response: str) -> Rendered:
+    piece = Piece(text=prompt)
+    return Rendered(
+        prompt=(piece,), full=(piece, Piece(text=response, trained=True)), append_eos=True
+    )
+
+
+def _as_single_turn(row: AnyRow, template: str) -> Row:
+    if isinstance(row, Row):
+        return row
+    if [message.role for message in row.messages] == ["user", "assistant"]:
+        user, assistant = row.messages
+        return Row(
+            instruction=user.content,
+            output=assistant.content,
+            answer=row.answer,
+            origin=row.origin,
+        )
+    roles = ", ".join(message.role for message in row.messages)
+    raise BadRowError(
+        f"{row.origin}: got a conversation of {roles}; template {template} expects one user and "
+        "one assistant turn; use template chat"
+    )
+
+
+class ChatTemplate:
+    """The tokenizer's chat template, cut at the assistant's turns.
+
+    Turn i's response is what the template writes for the messages up to turn i beyond what it
+    writes, with a generation prompt, for those before. A template under which one is not a
+    beginning of the other cannot be masked by position and is refused.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, row: AnyRow) -> Rendered:
+        messages = _as_messages(row)
+        pieces: list[Piece] = []
+        written = ""
+        append_eos = False
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = self._render(messages[:index], row.origin, add_generation_prompt=True)
+            whole = self._render(messages[: index + 1], row.origin, add_generation_prompt=False)
+            if not (prompt.startswith(written) and whole.startswith(prompt)):
+                raise BadRowError(
+                    f"{row.origin}: the chat template does not continue its own text at message "
+                    f"{index + 1}; expected one that only appends; use template alpaca or plain, "
+                    "or single-turn rows"
+                )
+            response, append_eos = self._until_end_token(whole[len(prompt) :])
+            pieces.append(Piece(text=prompt[len(written) :]))
+            pieces.append(Piece(text=response, trained=True))
+            written = prompt + response
+        return Rendered(prompt=tuple(pieces[:-1]), full=tuple(pieces), append_eos=append_eos)
+
+    def _until_end_token(self, text: str) -> tuple[str, bool]:
+        """A response up to its end token, and whether the template wrote none.
+
+        Without an end token, the text up to trailing whitespace: what follows belongs to the next
+        turn's prompt.
+        """
+        return text.rstrip(), not trailing_special(self._tokenizer, text)
+
+    def _render(
+        self, messages: tuple[Message, ...], origin: str, *, add_generation_prompt: bool
+    ) -> str:
+        plain: list[dict[str, Any]] = [dataclasses.asdict(message) for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                plain,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=_FIXED_DATE,
+            )
+        except TemplateError as error:
+            raise BadRowError(f"{origin}: the chat template refuses this row: {error}") from error
+        return str(text)
+
+
+def _as_messages(row: AnyRow) -> tuple[Message, ...]:
+    if isinstance(row, Conversation):
+        return row.messages
+    user = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
+    return (Message(role="user", content=user), Message(role="assistant", content=row.output))
