@@ -1,0 +1,235 @@
+"""One Linen decoder for every model family: a single stack of L layers, scanned.
+
+The params tree bears Hugging Face's names, every layer leaf with a leading axis L, kernels as
+(inputs, outputs)::
+
+    embed_tokens/embedding                         [V, D]
+    layers/input_layernorm/scale                   [L, D]
+    layers/self_attn/{q,k,v,o}_proj/kernel         [L, I, O]   (+ smoa beside it, when adapted)
+    layers/post_attention_layernorm/scale          [L, D]
+    layers/mlp/{gate,up,down}_proj/kernel          [L, I, O]
+    norm/scale                                     [D]
+    lm_head/kernel                                 [D, V]      (absent when tied)
+
+Compile time does not grow with depth, and what differs from layer to layer is scanned data, never
+another stack. Rematerialisation is a policy chosen by name; none of them keeps an array of a
+weight's size between forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from smoa_jax.models.attention import (
+    Constrain,
+    LayerCaches,
+    SelfAttention,
+    no_constraint,
+    segment_mask,
+)
+from smoa_jax.models.cache import KVCache, cache_mask, cache_positions
+from smoa_jax.models.config import DecoderConfig
+from smoa_jax.models.layers import (
+    ACTIVATION_FUNCTIONS,
+    PROJECTION,
+    Linear,
+    RMSNorm,
+    wide_matmul,
+)
+from smoa_jax.models.params import abstract_params, init_params, unembedding
+from smoa_jax.models.rope import rope_tables
+
+__all__ = [
+    "REMAT_POLICIES",
+    "Decoder",
+    "DecoderLayer",
+    "abstract_params",
+    "init_params",
+    "unembedding",
+]
+
+#: What each layer keeps for its backward pass, from most memory to least: everything; the results
+#: of all products; of those that involve a kernel (with what adapters add, in float32); only the
+#: finished outputs of the projections, in the compute dtype; nothing but the layer's input.
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer (SwiGLU, arXiv 2002.05202)."""
+
+    config: DecoderConfig
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        outer, inner = self.config.embed_dim, self.config.mlp_dim
+        gate = Linear(outer, inner, name="gate_proj")(x)
+        up = Linear(outer, inner, name="up_proj")(x)
+        product = ACTIVATION_FUNCTIONS[self.config.activation](gate) * up
+        product = self.constrain(product, ("batch", "time", "mlp"))
+        return Linear(inner, outer, name="down_proj")(product)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    config: DecoderConfig
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "B T D"], LayerCaches | None],
+        rope: tuple[Array, Array],
+        mask: Bool[Array, "B 1 T S"] | None,
+        layer: Int[Array, ""],
+    ) -> tuple[tuple[Float[Array, "B T D"], LayerCaches | None], None]:
+        x, caches = carry
+        config, constrain = self.config, self.constrain
+        normed = RMSNorm(config.embed_dim, config.norm_epsilon, name="input_layernorm")(x)
+        attended, caches = SelfAttention(config, constrain, name="self_attn")(
+            normed, rope, mask, layer, caches
+        )
+        x = constrain(x + attended, ("batch", "time", "embed"))
+        normed = RMSNorm(config.embed_dim, config.norm_epsilon, name="post_attention_layernorm")(x)
+        x = x + MLP(config, constrain, name="mlp")(normed)
+        return (constrain(x, ("batch", "time", "embed")), caches), None
+
+
+class Embedding(nn.Module):
+    """The token table, also the head's kernel when tied."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.embed_dim)
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+
+    def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return wide_matmul(hidden, self.embedding, transposed=True)
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model over ``{"params": tree}``.
+
+    Example::
+
+        model = Decoder(config, dtype=jnp.bfloat16, remat="projections")
+        logits = model.apply({"params": params}, tokens)
+
+    Args:
+        config: sizes and options.
+        dtype: of activations and products' inputs; norms, softmax, RoPE and logits are float32.
+        remat: a name of ``REMAT_POLICIES``.
+        constrain: called on activations with their logical axes, for sharding.
+    """
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.bfloat16
+    remat: str = "none"
+    constrain: Constrain = no_constraint
+
+    def setup(self) -> None:
+        config = self.config
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"got remat {self.remat!r}; expected one of {sorted(REMAT_POLICIES)}; choose one"
+            )
+        layer = DecoderLayer
+        if self.remat != "none":
+            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        in_axes: Any = (nn.broadcast, nn.broadcast, 0)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=in_axes,
+            length=config.num_layers,
+        )
+        self.embed_tokens = Embedding(config)
+        self.layers = stack(config, self.constrain)
+        self.norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.embed_dim, config.vocab_size, wide=True)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Return the logits, float32 [B, T, V]; with a cache, ``(logits, cache)``."""
+        hidden = self.hidden(tokens, positions, segment_ids, cache)
+        if cache is None:
+            return self.unembed(hidden)
+        return self.unembed(hidden[0]), hidden[1]
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Return the normed final hidden states [B, T, D]; with a cache, ``(hidden, cache)``.
+
+        Args:
+            tokens: token ids; with a cache, those that come next.
+            positions: of each token; by default counted from the start of its row or segment.
+            segment_ids: tokens see their own segment only; equal ids must be adjacent.
+            cache: what came before; its own ``starts`` say which slots are padding.
+        """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("got segment_ids with a cache; expected one of them; leave one out")
+        if positions is None:
+            positions = _default_positions(tokens, segment_ids, cache)
+        mask, caches = None, None
+        if cache is not None:
+            mask = cache_mask(cache, tokens.shape[1])
+            caches = (cache.keys, cache.values, cache.length)
+        elif segment_ids is not None:
+            mask = segment_mask(segment_ids)
+        x = self.embed_tokens(tokens, self.dtype)
+        x = self.constrain(x, ("batch", "time", "embed"))
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        rope = rope_tables(self.config, positions)
+        (x, caches), _ = self.layers((x, caches), rope, mask, layers)
+        x = self.norm(x)
+        if cache is None or caches is None:
+            return x
+        length = cache.length + tokens.shape[1]
+        return x, KVCache(keys=caches[0], values=caches[1], starts=cache.starts, length=length)
+
+    def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Return the logits of hidden states, accumulated and kept in float32."""
+        head = self.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head
+        return self.constrain(head(hidden), ("batch", "time", "vocab"))
+
+
+def _default_positions(
+    tokens: jax.Array, segment_ids: jax.Array | None, cache: KVCache | None
+) -> Int[Array, "B T"]:
+    if cache is not None:
+        return cache_positions(cache, tokens.shape[1])
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    if segment_ids is None:
+        return index
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

@@ -1,0 +1,91 @@
+"""The two building blocks that hold parameters: ``Linear`` and ``RMSNorm``.
+
+``Linear`` is where an adapter meets the model: when the params collection holds a modulation under
+``smoa`` beside ``kernel``, the product goes through ``modulated_matmul``; otherwise it is a plain
+dot. Precision is named in both, so nothing depends on JAX's global default (bf16 passes for
+float32 on TPU, TF32 on GPU), and a kernel stored in another dtype is never kept twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from smoa_jax.adapter.modulation import dense_matmul, modulated_matmul
+from smoa_jax.adapter.types import SMOA_KEY
+
+#: Name under which every projection's output is known to ``jax.checkpoint``'s policies.
+PROJECTION = "projection"
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+
+
+def wide_matmul(
+    x: Float[Array, "... I"], kernel: Float[Array, "I O"], *, transposed: bool = False
+) -> Float[Array, "... O"]:
+    """Multiply in x's dtype and return the float32 accumulator, not rounded: for logits.
+
+    ``transposed`` takes a kernel (O, I) without copying it. A kernel of another dtype is cast once
+    in each direction; the cast copy, as large as the weight, is not kept in between.
+    """
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            x,
+            kernel.astype(x.dtype),
+            (((x.ndim - 1,), (1 if transposed else 0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+
+    if kernel.dtype != x.dtype:
+        product = jax.checkpoint(product, prevent_cse=False)
+    return product(x, kernel)
+
+
+class Linear(nn.Module):
+    """``y = x W`` without bias, adapted when a modulation lies beside the kernel.
+
+    The product is in x's dtype, and so is the result, unless ``wide`` asks for the float32
+    accumulator. Dropout on the adapter's path happens when the modulation asks for it and the
+    caller gives a ``dropout`` key.
+    """
+
+    input_dim: int
+    output_dim: int
+    wide: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (self.input_dim, self.output_dim)
+        )
+        if self.has_variable("params", SMOA_KEY):
+            modulation = self.get_variable("params", SMOA_KEY)
+            dropping = modulation.dropout > 0 and self.has_rng("dropout")
+            key = self.make_rng("dropout") if dropping else None
+            x = x.astype(jnp.float32) if self.wide else x
+            result = modulated_matmul(x, kernel, modulation, dropout_key=key)
+        else:
+            result = wide_matmul(x, kernel) if self.wide else dense_matmul(x, kernel)
+        return checkpoint_name(result, PROJECTION)
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square (arXiv 1910.07467), in float32; x's dtype comes back."""
+
+    dim: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (self.dim,)).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (self.dim,))
+        return (wide * inverse * scale).astype(x.dtype)
