@@ -96,7 +96,7 @@ def _check_tied_head(reader: TensorReader) -> None:
     for start in range(0, embedding.shape[0], rows):
         if not same:
             break
-        index = (slice(start, start + rows), slice(None))
+        index = (slice(start, min(start + rows, embedding.shape[0])), slice(None))
         same = np.array_equal(reader.read(HEAD_NAME, index), reader.read(EMBEDDING_NAME, index))
     if not same:
         raise CheckpointError(

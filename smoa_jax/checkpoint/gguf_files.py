@@ -223,7 +223,8 @@ class GgufFile:
         stored = self._dequantize(_ROPE_FACTORS, self._stored[_ROPE_FACTORS].data).reshape(-1)
         head_dim, base = self._head_dim(), self.real("rope.freq_base", 10000.0)
         scaling = RopeScaling(kind="llama3", factor=float(stored.max()), **_LLAMA3_CONSTANTS)
-        expected = rope_frequencies(head_dim, base) / rope_frequencies(head_dim, base, scaling)
+        plain = rope_frequencies(head_dim, base, RopeScaling())
+        expected = plain / rope_frequencies(head_dim, base, scaling)
         if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
             raise CheckpointError(
                 f"{self.source}: {_ROPE_FACTORS} holds other factors than Llama 3's rotary "
