@@ -7,7 +7,7 @@ these files doesn't compare the project with itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     rope_factors: Sequence[float] = (),
-    extra: Mapping[str, int | float | str] | None = None,
+    extra: Mapping[str, int | float | str | list[int]] | None = None,
 ) -> Path:
     """A GGUF file of the same weights, as llama.cpp's converter lays them out; norms stay F32."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -134,7 +134,12 @@ def write_gguf(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for key, value in (extra or {}).items():
-        adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        adders: dict[type, Callable[[str, Any], None]] = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
         adders[type(value)](key, value)
     if rope_factors:
         writer.add_tensor("rope_freqs.weight", np.asarray(rope_factors, np.float32))

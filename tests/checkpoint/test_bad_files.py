@@ -191,6 +191,19 @@ def test_a_truncated_gguf_file_is_refused_wherever_it_ends(tmp_path):
         assert "not a whole GGUF file" in refusal(path), kept
 
 
+def test_a_gguf_array_of_impossible_length_is_refused_at_once(tmp_path):
+    path = tmp_path / "m.gguf"
+    key = "tokenizer.ggml.token_type"
+    write_gguf(path, CONFIG, llama_tensors(CONFIG), extra={key: [1, 2, 3]})
+    load_base(path)
+    stored = bytearray(path.read_bytes())
+    length = stored.index(key.encode()) + len(key) + 4 + 4  # after the types of array and items
+    assert stored[length : length + 8] == (3).to_bytes(8, "little")
+    stored[length : length + 8] = (2**40).to_bytes(8, "little")
+    path.write_bytes(stored)
+    assert "not a whole GGUF file (it ends at byte" in refusal(path)
+
+
 def test_a_corrupted_gguf_header_never_hangs_or_leaks_another_error(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", CONFIG, llama_tensors(CONFIG))
     stored = path.read_bytes()
