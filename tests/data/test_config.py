@@ -1,0 +1,138 @@
+"""From a configuration to batches and questions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from smoa_jax.data.config import DataConfig, TaskConfig, build_data
+from smoa_jax.data.pipeline import eval_batches
+
+PAPER_DATA = Path(
+    os.environ.get("SMOA_PAPER_DATA", Path(__file__).parents[2].parent / "shared" / "data")
+)
+
+
+def test_arithmetic_comes_with_batches_questions_and_counts(smollm2):
+    config = DataConfig(
+        task=TaskConfig(name="weave", train_rows=50, eval_rows=9), max_length=64, template="plain"
+    )
+    data = build_data(config, smollm2)
+    batch, state = next(data.train_stream(8))
+    assert batch["tokens"].shape == (8, 64)
+    assert state["positions"] == [8]
+    assert data.eval is not None
+    assert sum((b["segment_ids"].max(axis=1) > 0).sum() for b in eval_batches(data.eval, 4)) == 9
+    assert len(data.questions) == 9
+    question, answer = data.questions.questions[0], data.questions.references[0]
+    assert smollm2.decode(data.questions.prompts[0]) == question + "\n"
+    first, second = question.removesuffix(" =").split(" @ ")
+    assert answer == first[0] + second[0] + first[1] + second[1]
+    assert data.counts["train"] == {
+        "rows": 50,
+        "batch_rows": 50,
+        "bad_rows": 0,
+        "prompt_too_long": 0,
+        "responses_truncated": 0,
+        "response_tokens": 50 * 5,
+    }
+    assert data.counts["eval"]["rows"] == 9
+    assert data.counts["read"]["eval_in_train"] == 0
+
+
+def write_rows(path, numbers):
+    rows = [{"instruction": f"question {n}", "input": "", "output": str(n)} for n in numbers]
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def test_held_out_files_and_taken_out_rows_share_no_question_with_training(smollm2, tmp_path):
+    train = write_rows(tmp_path / "train.json", range(40))
+    test = write_rows(tmp_path / "test.json", range(35, 50))
+    explicit = DataConfig(source="files", train_files=(train,), eval_files=(test,))
+    data = build_data(explicit, smollm2)
+    assert data.questions.references == tuple(str(n) for n in range(40, 50))
+    assert data.counts["read"]["eval_in_train"] == 5
+    for share in ({"eval_rows": 4}, {"eval_fraction": 0.1}):
+        data = build_data(DataConfig(source="files", train_files=(train,), **share), smollm2)
+        assert (data.counts["train"]["rows"], len(data.questions)) == (36, 4)
+    alone = build_data(DataConfig(source="files", train_files=(train,), train_limit=7), smollm2)
+    assert (len(alone.train), alone.eval, len(alone.questions)) == (7, None, 0)
+    with pytest.raises(ValueError, match="which is none; expected at least one row"):
+        build_data(DataConfig(source="files", train_files=(train,), eval_fraction=0.001), smollm2)
+
+
+def test_bad_rows_are_counted_on_both_sides(smollm2, tmp_path):
+    path = tmp_path / "mixed.json"
+    many_turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+    rows = [{"prompt": "a", "completion": "b"}, {"what": 1}, {"messages": many_turns}]
+    path.write_text(json.dumps(rows))
+    config = DataConfig(source="files", train_files=(str(path),), on_bad_row="skip")
+    data = build_data(config, smollm2)
+    assert data.counts["read"]["bad_rows"] == 1
+    assert data.counts["train"]["bad_rows"] == 1
+    assert len(data.train) == 1
+
+
+def test_packing_and_buckets_are_options(smollm2):
+    task = TaskConfig(name="parity", train_rows=60, eval_rows=0)
+    packed = build_data(DataConfig(task=task, pack=True, template="plain"), smollm2)
+    assert packed.counts["train"]["batch_rows"] == len(packed.train) < 10
+    bucketed = build_data(DataConfig(task=task, buckets=(20, 21, 22, 30)), smollm2)
+    assert set(bucketed.train.plan.buckets) <= {20, 21, 22, 30, 256}
+    assert len(bucketed.train) == 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "hub"}, "got data.source='hub'; expected one of files"),
+        ({"template": "vicuna"}, "got data.template='vicuna'"),
+        ({"on_bad_row": "ignore"}, "got data.on_bad_row='ignore'"),
+        ({"max_length": 1}, "got data.max_length=1"),
+        ({"seed": -1}, "got data.seed=-1"),
+        ({"eval_fraction": 1.0}, "got data.eval_fraction=1.0"),
+        ({"source": "files"}, "without data.train_files"),
+        ({"train_files": ("a.json",)}, "got data files with data.source=arithmetic"),
+        (
+            {"source": "files", "train_files": ("a",), "eval_rows": 1, "eval_fraction": 0.1},
+            "got data.eval_rows and data.eval_fraction",
+        ),
+        (
+            {"source": "files", "train_files": ("a",), "eval_files": ("b",), "eval_rows": 1},
+            "got data.eval_files with data.eval_rows",
+        ),
+    ],
+)
+def test_contradicting_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=r"got data") as error:
+        DataConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_a_bad_task_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="got arithmetic task 'nope'"):
+        DataConfig(task=TaskConfig(name="nope"))
+    with pytest.raises(ValueError, match="got train_rows=0"):
+        TaskConfig(train_rows=0)
+
+
+@pytest.mark.paper_data
+def test_the_papers_rows_are_read_and_encoded_whole(smollm2):
+    files = sorted(PAPER_DATA.glob("*/*.json"))
+    if not files:
+        pytest.skip(f"the papers' task data is not at {PAPER_DATA}; set SMOA_PAPER_DATA")
+    for file in files:
+        config = DataConfig(
+            source="files",
+            train_files=(str(file),),
+            train_limit=60,
+            eval_rows=20,
+            max_length=512,
+        )
+        data = build_data(config, smollm2)
+        assert data.counts["train"]["rows"] + data.counts["eval"]["rows"] >= 59, file
+        assert data.counts["train"]["responses_truncated"] == 0, file
