@@ -1,0 +1,447 @@
+"""The state of a training run on disk: saved in the background, whole or not at all.
+
+A checkpoint holds what a run has changed or could not make again: trained tensors, the frozen
+leaves of the adapter (never the base, nor its spectral bands), the optimizer's state, counters,
+keys, and as JSON the position in the data and the identity of adapter and base. Each step is
+written to a temporary directory and renamed when it is complete, and a step to be deleted is
+renamed away first: whatever moment a process is killed at, every directory named by a step number
+is whole.
+
+On disk a state is flat: every leaf under its path, such as
+``trainable/layers/self_attn/q_proj/smoa/a``, with a table of shapes and dtypes beside it, which a
+restore is checked against before anything is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Sharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from smoa_jax.checkpoint.errors import CheckpointError, listed
+
+FORMAT_VERSION = 1
+
+_STATE, _RECORD, _TRASH = "state", "record", "deleted"
+_BASE_LEAVES = ("kernel", "embedding", "bands")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Which adapter on which base a checkpoint belongs to.
+
+    Args:
+        adapter_config: The fields of the ``SmoaConfig``, as ``dataclasses.asdict`` gives them.
+        base_fingerprint: Of the base model.
+    """
+
+    adapter_config: Mapping[str, Any]
+    base_fingerprint: str
+
+    def as_json(self) -> dict[str, Any]:
+        """With tuples as lists, as JSON gives them back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint in memory."""
+
+    state: Any
+    data_position: dict[str, Any]
+    step: int
+    metrics: dict[str, float]
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one run: the last few and the best.
+
+    >>> with TrainingCheckpoints("run/checkpoints", identity=identity) as checkpoints:
+    ...     checkpoints.save(step, state, position, {"eval_loss": 1.2})
+    ...     restored = checkpoints.restore(None, abstract_state)
+
+    All processes of a run make the same calls. Opening a directory removes what a killed process
+    left half-written in it, unless ``read_only``.
+
+    Args:
+        directory: Made if there is none; local, or a bucket.
+        identity: Of this run; checkpoints of another adapter or base are refused.
+        keep_last: How many of the newest are kept.
+        keep_best: How many of the best are kept beside them.
+        best_metric: Key of ``metrics`` that says which is best; a step without it, or where it is
+            not finite, is never the best.
+        best_mode: Whether less or more is better.
+        read_only: Nothing is written or removed; for reading a run that may still be going on.
+
+    Raises:
+        CheckpointError: if the directory holds checkpoints of another adapter, base or format.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        identity: Identity,
+        keep_last: int = 3,
+        keep_best: int = 1,
+        best_metric: str = "eval_loss",
+        best_mode: Literal["min", "max"] = "min",
+        read_only: bool = False,
+    ):
+        if keep_last < 1 or keep_best < 0 or best_mode not in ("min", "max"):
+            raise ValueError(
+                f"got keep_last={keep_last}, keep_best={keep_best}, best_mode={best_mode!r}; "
+                "expected at least 1, at least 0, and min or max"
+            )
+        self.directory = _absolute(directory)
+        if read_only and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: no such directory; expected checkpoints")
+        self._identity = identity
+        self._best_metric = best_metric
+        self._read_only = read_only
+        self._own_steps: set[int] = set()
+
+        def metric(metrics: Any) -> float:
+            return float(metrics[best_metric])
+
+        best = BestN(
+            get_metric_fn=metric,
+            reverse=best_mode == "min",
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=metric,
+                best_mode=best_mode,
+                preservation_policy=AnyPreservationPolicy([LatestN(keep_last), best]),
+                cleanup_tmp_directories=not read_only,
+                todelete_subdir=None if read_only else _TRASH,
+                read_only=read_only,
+                save_interval_steps=0 if read_only else 1,
+                create=not read_only,
+            ),
+            item_names=(_STATE, _RECORD),
+        )
+        self._empty_trash()
+        latest = self.latest_step()
+        if latest is not None:
+            self._checked_record(latest)
+
+    # -------------------------------------------------------------------------------- the steps
+
+    def latest_step(self) -> int | None:
+        """The newest step, one that is being saved included; None if there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the best metric among those kept; None if none has one."""
+        return self._manager.best_step()
+
+    def all_steps(self) -> list[int]:
+        """Every step kept, in ascending order."""
+        return sorted(self._manager.all_steps())
+
+    # --------------------------------------------------------------------------- saving, waiting
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_position: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        wait: bool = False,
+    ) -> bool:
+        """Save one step in the background; waits only for the save before it.
+
+        The arrays may be donated or deleted as soon as this returns.
+
+        Args:
+            step: Later than every step there is, or one that this object has saved or restored.
+            state: A pytree of ``jax.Array``; None holes are fine.
+            data_position: What the data pipeline needs to go on; small and plain JSON.
+            metrics: Numbers of this step, the best metric perhaps among them.
+            wait: Whether to return only when the checkpoint is on disk.
+
+        Returns:
+            Whether anything was written: False for a step this object has saved or restored,
+            whose state is there already.
+
+        Raises:
+            ValueError: for a state that can't be saved, or holds base weights.
+            CheckpointError: if a later step of another run is there.
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} was opened read-only; expected no saves")
+        leaves = _flatten(state)
+        _check_saveable(leaves)
+        if step in self._own_steps and step in self._manager.all_steps():
+            if wait:
+                self.wait()
+            return False
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise CheckpointError(
+                f"{self.directory}: got step {step} to save after step {latest}; expected a later "
+                "one: resume from the latest step, or use a new directory"
+            )
+        record = {
+            "format_version": FORMAT_VERSION,
+            "step": int(step),
+            "identity": self._identity.as_json(),
+            "data_position": _as_json(data_position),
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "tensors": {name: _describe(leaf) for name, leaf in leaves.items()},
+        }
+        value = record["metrics"].get(self._best_metric, math.nan)
+        stored = {name: _key_data(leaf) for name, leaf in leaves.items() if leaf.size}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{_STATE: ocp.args.PyTreeSave(stored), _RECORD: ocp.args.JsonSave(record)}
+            ),
+            metrics={self._best_metric: value} if math.isfinite(value) else None,
+            force=True,
+        )
+        self._own_steps.add(step)
+        if wait:
+            self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Return when everything saved is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        self._empty_trash()
+
+    def close(self) -> None:
+        """Wait, then give up threads; the object is of no use afterwards."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> TrainingCheckpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --------------------------------------------------------------------------------- restoring
+
+    def restore(self, step: int | None, abstract_state: Any) -> Restored:
+        """Read a checkpoint onto the devices that ``abstract_state`` names.
+
+        Args:
+            step: None for the latest.
+            abstract_state: The state's structure, every leaf a ``ShapeDtypeStruct`` with a sharding
+                (or an array that has them): of this mesh, not of the one that saved.
+
+        Raises:
+            CheckpointError: if there is no such step, if it is damaged or belongs to another
+                adapter or base, or if its tensors aren't those of ``abstract_state``.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if step is None and not steps:
+            raise CheckpointError(f"{self.directory}: no checkpoint in it; expected at least one")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint of step {step}; expected one of {listed(steps)}"
+            )
+        record = self._checked_record(step)
+        targets = _flatten(abstract_state)
+        where = f"{self.directory / str(step)}"
+        _check_targets(where, targets, record["tensors"])
+        stored = self._read(step, {name: leaf for name, leaf in targets.items() if leaf.size})
+        leaves = []
+        for name, target in targets.items():
+            if target.size:
+                leaf = _as_key(stored[name], record["tensors"][name])
+            else:  # the storage format has no empty arrays
+                leaf = jax.device_put(jnp.zeros(target.shape, target.dtype), target.sharding)
+            _check_restored(where, name, leaf, target)
+            leaves.append(leaf)
+        self._own_steps.add(step)
+        return Restored(
+            state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
+            data_position=record["data_position"],
+            step=step,
+            metrics=record["metrics"],
+        )
+
+    def _read(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+        abstract = {name: _key_data_target(leaf) for name, leaf in targets.items()}
+        arguments = {
+            name: ocp.ArrayRestoreArgs(
+                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
+            )
+            for name, leaf in abstract.items()
+        }
+        args = ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+        return self._restore_item(step, _STATE, args)
+
+    def _checked_record(self, step: int) -> dict[str, Any]:
+        """The JSON of a step, refused if it is another run's."""
+        record = self._restore_item(step, _RECORD, ocp.args.JsonRestore())
+        where = self.directory / str(step)
+        if record.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: got checkpoint format {record.get('format_version')}; expected "
+                f"{FORMAT_VERSION}; read it with the version of smoa_jax that wrote it"
+            )
+        different = _differences(record["identity"], self._identity.as_json())
+        if different:
+            raise CheckpointError(
+                f"{where} belongs to another run: got {'; got '.join(different)}; resume with the "
+                "adapter and base that it was saved with, or use a new directory"
+            )
+        return record
+
+    def _restore_item(self, step: int, item: str, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # whatever the storage layers below raise means: unreadable
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{self.directory / str(step)}: can't be read ({reason[:300]}); expected a whole "
+                "checkpoint; remove that directory to go on from an earlier step"
+            ) from error
+
+    def _empty_trash(self) -> None:
+        """Delete what has been renamed away; the first process does it for all."""
+        if not self._read_only and jax.process_index() == 0:
+            trash = self.directory / _TRASH
+            if trash.exists():
+                for entry in trash.iterdir():
+                    entry.rmtree(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------- the leaves
+
+
+def _absolute(directory: str | Path) -> epath.Path:
+    text = str(directory)
+    return epath.Path(text if "://" in text else Path(text).expanduser().absolute())
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _check_saveable(leaves: Mapping[str, Any]) -> None:
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array):
+            raise ValueError(
+                f"got {name} of type {type(leaf).__name__} in the state; expected a jax.Array; "
+                "put it on devices, or plain JSON into data_position"
+            )
+        if name.rsplit("/", 1)[-1] in _BASE_LEAVES:
+            raise ValueError(
+                f"got {name} in the state, a frozen weight; expected what the adapter adds alone: "
+                "partition(params)[0] and adapter_leaves(params)"
+            )
+
+
+def _as_json(value: Mapping[str, Any]) -> Any:
+    try:
+        plain = json.loads(json.dumps(dict(value)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"got a data_position that is not plain JSON ({error}); expected strings, numbers, "
+            "lists and dicts"
+        ) from error
+    return plain
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _describe(leaf: jax.Array) -> dict[str, Any]:
+    described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    if _is_key(leaf):
+        described["key_impl"] = str(jax.random.key_impl(leaf))
+    return described
+
+
+def _key_data(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _key_data_target(target: Any) -> jax.ShapeDtypeStruct:
+    data = jax.eval_shape(_key_data, jax.ShapeDtypeStruct(target.shape, target.dtype))
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=target.sharding)
+
+
+def _as_key(leaf: jax.Array, described: Mapping[str, Any]) -> jax.Array:
+    impl = described.get("key_impl")
+    return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+
+
+def _check_targets(where: str, targets: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    for name, target in targets.items():
+        if not isinstance(getattr(target, "sharding", None), Sharding):
+            raise ValueError(
+                f"got an abstract {name} without a sharding; expected one on every leaf; make the "
+                "abstract state with jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
+            )
+    missing = [name for name in targets if name not in tensors]
+    surplus = [name for name in tensors if name not in targets]
+    if missing or surplus:
+        parts = [f"lacks {listed(missing)}"] if missing else []
+        parts += [f"holds {listed(surplus)}, which this run doesn't have"] if surplus else []
+        raise CheckpointError(
+            f"{where} {' and '.join(parts)}; expected the state of this run; resume with the "
+            "configuration that it was saved with"
+        )
+    for name, target in targets.items():
+        got = (tuple(tensors[name]["shape"]), tensors[name]["dtype"])
+        expected = (tuple(target.shape), str(target.dtype))
+        if got != expected:
+            raise CheckpointError(
+                f"{where}: got {name} as {got[1]}{list(got[0])}; expected "
+                f"{expected[1]}{list(expected[0])}; resume with the configuration that it was "
+                "saved with"
+            )
+
+
+def _check_restored(where: str, name: str, leaf: Any, target: Any) -> None:
+    if (
+        not isinstance(leaf, jax.Array)
+        or leaf.shape != target.shape
+        or leaf.dtype != target.dtype
+        or not leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+    ):
+        got = getattr(leaf, "sharding", type(leaf).__name__)
+        raise CheckpointError(
+            f"{where}: {name} came back as {getattr(leaf, 'dtype', '')}"
+            f"{list(getattr(leaf, 'shape', ()))} on {got}; expected {target.dtype}"
+            f"{list(target.shape)} on {target.sharding}"
+        )
+
+
+def _differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Every field that differs, as "name=value, expected value"."""
+    pairs = {"base_fingerprint": (got["base_fingerprint"], expected["base_fingerprint"])}
+    stored, ours = got["adapter_config"], expected["adapter_config"]
+    for field in {**stored, **ours}:
+        pairs[field] = (stored.get(field, "nothing"), ours.get(field, "nothing"))
+    return [f"{name}={a!r}, expected {b!r}" for name, (a, b) in pairs.items() if a != b]
