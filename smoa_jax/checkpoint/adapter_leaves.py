@@ -97,24 +97,34 @@ def restore_adapter(
         CheckpointError: if a leaf is missing or surplus or doesn't fit the base or the config, or
             if the bands of this base are not those that the adapter was trained with.
     """
+    check_leaves(base_params, config, leaves)
     expected = abstract_adapter(base_params, config)
-    _check_names(adapter_leaves(expected), leaves)
     spectra = {}
     if config.partition == "spectral_bands":
         spectra = plan_spectra(base_params, config, cache_dir=cache_dir, progress=progress)
     params = base_params
     for target in find_targets(base_params, config):
-        node = _get(expected, (*target.path, SMOA_KEY))
-        fields = {name: leaves["/".join((*target.path, name))] for name in _stored_fields(node)}
+        node, fields = _fields(expected, target, leaves)
         if isinstance(node, Bands):
             spectrum = spectra[target.name]
             assert isinstance(spectrum, BandParts)
             _check_spectrum(target, fields, spectrum)
             fields["bands"] = jnp.asarray(spectrum.bands)
-        restored = dataclasses.replace(node, **fields)
-        _check_values(target, config, restored)
-        params = _put(params, target.path, restored)
+        params = _put(params, target.path, dataclasses.replace(node, **fields))
     return params
+
+
+def check_leaves(base_params: Params, config: SmoaConfig, leaves: Mapping[str, Any]) -> None:
+    """Refuse leaves that aren't those of an adapter that ``config`` makes on ``base_params``.
+
+    Raises:
+        CheckpointError: naming the leaf.
+    """
+    expected = abstract_adapter(base_params, config)
+    _check_names(adapter_leaves(expected), leaves)
+    for target in find_targets(base_params, config):
+        node, fields = _fields(expected, target, leaves)
+        _check_values(target, config, dataclasses.replace(node, **fields))
 
 
 def count_parameters(params: Params) -> int:
@@ -132,6 +142,15 @@ def count_parameters(params: Params) -> int:
         else:
             total += int(ranks.sum()) * (node.a.shape[-2] + node.b.shape[-2])
     return total
+
+
+def _fields(
+    expected: Params, target: Target, leaves: Mapping[str, Any]
+) -> tuple[Modulation, dict[str, Any]]:
+    """The abstract modulation of a target, and its stored leaves by field."""
+    node = _get(expected, (*target.path, SMOA_KEY))
+    fields = {name: leaves["/".join((*target.path, name))] for name in _stored_fields(node)}
+    return node, fields
 
 
 def _stored_fields(node: Modulation) -> tuple[str, ...]:
@@ -221,7 +240,7 @@ def _padding_is_zero(node: Modulation, name: str, ranks: np.ndarray) -> bool:
     width = factor.shape[-1]
     if float(ranks.min()) == width:
         return True
-    used = jnp.arange(width) < jnp.asarray(ranks)[..., None]  # (L?, M, R_m)
+    used = jnp.asarray(np.arange(width) < ranks[..., None])  # (L?, M, R_m)
     if isinstance(node, Blocks):
         block = node.in_block if name == "a" else node.out_block
         used = jnp.take_along_axis(used, block.astype(jnp.int32)[..., None], axis=-2)
