@@ -160,19 +160,21 @@ def strip_smoa(params: Params) -> Params:
 
 def count_trainable(base_params: Params, config: SmoaConfig) -> int:
     """Trained parameters of an adapter, by its ranks (padding does not count)."""
-    total = 0
-    for target in find_targets(base_params, config):
-        inputs, outputs = target.matrix_shape[-2:]
-        sizes = [(inputs, outputs)] * config.num_subspaces
-        if config.has_blocks:
-            pieces = (split_evenly(size, config.num_subspaces) for size in (inputs, outputs))
-            sizes = list(zip(*pieces, strict=True))
-        per_layer = sum(
-            rank * (rows + columns)
-            for rank, (rows, columns) in zip(target.subspace_ranks, sizes, strict=True)
-        )
-        total += per_layer * sum(target.selected)
-    return total
+    return sum(count_target(target, config) for target in find_targets(base_params, config))
+
+
+def count_target(target: Target, config: SmoaConfig) -> int:
+    """Trained parameters of one kernel, over its selected layers."""
+    inputs, outputs = target.matrix_shape[-2:]
+    sizes = [(inputs, outputs)] * config.num_subspaces
+    if config.has_blocks:
+        pieces = (split_evenly(size, config.num_subspaces) for size in (inputs, outputs))
+        sizes = list(zip(*pieces, strict=True))
+    per_layer = sum(
+        rank * (rows + columns)
+        for rank, (rows, columns) in zip(target.subspace_ranks, sizes, strict=True)
+    )
+    return per_layer * sum(target.selected)
 
 
 # ------------------------------------------------------------------------------ initial values

@@ -21,19 +21,6 @@ from jaxtyping import Array, Float, Int
 LogitsFunction = Callable[[Any, Any, jax.Array], jax.Array]
 
 
-def next_token_targets(
-    tokens: Int[Array, "B T"], loss_mask: Array, segment_ids: Int[Array, "B T"]
-) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """Targets and their weights, by position: what follows each token within its own segment.
-
-    ``loss_mask[b, t]`` says whether token t counts as a target, so its weight moves to t - 1.
-    """
-    targets = jnp.roll(tokens, -1, axis=1)
-    same = (jnp.roll(segment_ids, -1, axis=1) == segment_ids) & (segment_ids > 0)
-    weights = jnp.roll(loss_mask, -1, axis=1).astype(jnp.float32) * same
-    return targets, weights.at[:, -1].set(0.0)
-
-
 def summed_cross_entropy(
     logits_function: LogitsFunction,
     trainable: Any,

@@ -1,0 +1,163 @@
+"""The command line, and the only user of the configuration parser.
+
+    smoa train     --config FILE [--section.key VALUE ...] [--resume | --overwrite]
+    smoa evaluate  --config FILE [...] --adapter DIR
+    smoa generate  --model PATH [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
+    smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | peft]
+    smoa inspect   --model PATH [--adapter DIR] [--plot FILE.png]
+
+``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from smoa_jax import commands
+from smoa_jax.training.config import RunConfig
+
+_DESCRIPTIONS = {
+    "train": "Fine-tune a model with an adapter, as a configuration file says.",
+    "evaluate": "Score a trained adapter: held-out loss, and answers by free generation.",
+    "generate": "Continue prompts with a model, adapted or not.",
+    "export": "Write a merged Hugging Face directory, or an adapter that PEFT opens.",
+    "inspect": "Show what an adapter touches and, once trained, the spectrum of its updates.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``smoa``; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        for name, text in _DESCRIPTIONS.items():
+            print(f"  {name:9s} {text}")
+        return 0 if words else 2
+    command = words[0]
+    if command not in _DESCRIPTIONS:
+        near = difflib.get_close_matches(command, _DESCRIPTIONS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _fail(f"got command {command!r}; expected {', '.join(_DESCRIPTIONS)}{hint}")
+    return _run(command, words[1:])
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``train.py``; returns the exit status."""
+    return _run("train", list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parse_run(arguments: Sequence[str]) -> RunConfig:
+    """A run's configuration from ``--config FILE`` and overrides, validated.
+
+    Raises:
+        ValueError: in one line.
+    """
+    parser = _run_parser("train")
+    return _run_config(parser, _parse(parser, arguments))
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    _quieten_libraries()
+    try:
+        return _COMMANDS[command](arguments)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; the last checkpoint stands")
+
+
+def _fail(message: str) -> int:
+    first = " ".join(message.split())
+    print(f"smoa: error: {first}", file=sys.stderr)
+    return 2
+
+
+def _quieten_libraries() -> None:
+    """Keep what libraries say of themselves out of a run's output; warnings stay."""
+    for name in ("absl", "orbax", "jax._src.xla_bridge", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# -------------------------------------------------------------------------------------- parsing
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        known = [action.dest for action in parser._actions]
+        unknown = [word for word in message.replace("'", " ").split() if word.startswith("--")]
+        near = [
+            match
+            for word in unknown
+            for match in difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=1)
+        ]
+        hint = f" (did you mean --{near[0]}?)" if near else ""
+        raise ValueError(f"{message}{hint}; see --help for all options") from error
+
+
+def _run_parser(command: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file of a run")
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def _run_config(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
+    made = parser.instantiate(parsed)
+    names = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: made[name] for name in names})
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _run_parser("train")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
+    parsed = _parse(parser, arguments)
+    config = _run_config(parser, parsed)
+    return commands.train(config, resume=parsed.resume, overwrite=parsed.overwrite)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = _run_parser("evaluate")
+    parser.add_argument("--adapter_dir", required=True, help="adapter directory of a run")
+    parsed = _parse(parser, arguments)
+    return commands.evaluate(_run_config(parser, parsed), parsed.adapter_dir)
+
+
+def _simple(command: str, function: Callable[..., int]) -> Callable[[list[str]], int]:
+    """A command whose options are the keyword arguments of a function."""
+
+    def run(arguments: list[str]) -> int:
+        parser = ArgumentParser(
+            prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
+        )
+        parser.add_function_arguments(function, as_positional=False)
+        parsed: Any = _parse(parser, arguments)
+        return function(**parsed.as_dict())
+
+    return run
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _simple("generate", commands.generate),
+    "export": _simple("export", commands.export),
+    "inspect": _simple("inspect", commands.inspect),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""What the commands of ``smoa`` do, apart from reading their arguments.
+
+Each function is one command: its keyword arguments are the command's options, its docstring their
+help, its return value the exit status.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.merge import merge_report, merge_smoa
+from smoa_jax.adapter.tree import strip_smoa
+from smoa_jax.adapter.types import Params
+from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config
+from smoa_jax.checkpoint.base import BaseModel, abstract_base, load_base
+from smoa_jax.checkpoint.hf_export import export_huggingface
+from smoa_jax.checkpoint.peft_files import export_peft
+from smoa_jax.data.config import build_data
+from smoa_jax.data.encode import encode_prompt
+from smoa_jax.data.templates import make_template
+from smoa_jax.data.tokenizer import load_tokenizer, special_ids
+from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectra
+from smoa_jax.evaluation.scoring import answer_questions, respond
+from smoa_jax.models.decoder import Decoder
+from smoa_jax.models.generation import GenerationConfig
+from smoa_jax.training.config import RunConfig
+from smoa_jax.training.loop import Summary, held_out_loss, run
+from smoa_jax.training.setup import load_model, place, resolve_dtype
+
+_console = Console(highlight=False)
+
+
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> int:
+    """Train, then show what came of it."""
+    summary = run(config, resume=resume, overwrite=overwrite)
+    if summary.finished:
+        _console.print(summary_table(summary))
+        _console.print(f"adapter: {summary.adapter_dir}")
+        _console.print(
+            f"next:    smoa export --model {config.model.path} --adapter {summary.adapter_dir} "
+            f"--output {config.train.output_dir}/merged",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def summary_table(summary: Summary) -> Table:
+    """Trainable share, loss and accuracy before and after."""
+    table = Table(title=f"{summary.steps} steps in {summary.seconds:.0f} s")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    share = summary.trainable / summary.total
+    table.add_row("trained parameters", "", f"{summary.trainable:,} ({share:.2%} of the base)")
+    table.add_row("held-out loss", _shown(summary.loss_before), _shown(summary.loss_after))
+    if summary.scored_rows:
+        table.add_row(
+            f"accuracy on {summary.scored_rows} held-out rows, free generation",
+            _shown(summary.accuracy_before, "{:.1%}"),
+            _shown(summary.accuracy_after, "{:.1%}"),
+        )
+    if summary.skipped:
+        table.add_row("steps skipped (not finite)", "", str(summary.skipped))
+    return table
+
+
+def evaluate(config: RunConfig, adapter_dir: str) -> int:
+    """Score an adapter on the held-out rows of a run's data: loss, and answers if asked for."""
+    loaded = load_model(config)
+    tokenizer = load_tokenizer(config.model.path)
+    data = build_data(config.data, tokenizer)
+    params = load_adapter(adapter_dir, loaded.base.params, base_fingerprint=loaded.base.fingerprint)
+    params = place(params, loaded.mesh, config)
+    if data.eval is None:
+        raise ValueError(
+            "got data without held-out rows; expected some; set data.eval_files, data.eval_rows or "
+            "data.task.eval_rows"
+        )
+    loss = held_out_loss(config, loaded, data.eval, params)
+    base_loss = held_out_loss(config, loaded, data.eval, strip_smoa(params))
+    accuracies = [math.nan, math.nan]
+    settings = config.evaluation
+    if settings.rows:
+        for place_, tree in enumerate((strip_smoa(params), params)):
+            answers = answer_questions(
+                loaded.model,
+                tree,
+                data.questions,
+                tokenizer,
+                rows=settings.rows,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                protocol=settings.answer,
+            )
+            accuracies[place_] = answers.score.accuracy
+    table = Table(title=f"{adapter_dir} on {len(data.eval)} held-out rows")
+    for column in ("", "base", "adapted"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("loss", _shown(base_loss), _shown(loss))
+    if settings.rows:
+        table.add_row(
+            f"accuracy on {settings.rows} rows, free generation ({settings.answer})",
+            *(_shown(value, "{:.1%}") for value in accuracies),
+        )
+    _console.print(table)
+    return 0
+
+
+def generate(
+    *,
+    model: str,
+    prompt: list[str],
+    adapter: str = "",
+    template: Literal["alpaca", "chat", "plain"] = "chat",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> int:
+    """Continue prompts.
+
+    Args:
+        model: Hugging Face directory or GGUF file.
+        prompt: A prompt, or a list of them.
+        adapter: Adapter directory; empty: the base alone.
+        template: What the prompts are put into; use the one that the adapter was trained with.
+        max_new_tokens: Longest response.
+        temperature: 0: greedy.
+        top_p: Share of probability that sampling keeps.
+        num_beams: Above 1: beam search.
+        seed: Of sampling.
+        dtype: Of weights and activations; auto: float32 on CPU, else bfloat16.
+    """
+    if not prompt:
+        raise ValueError("got no prompt; expected at least one; --prompt '[\"a text\"]'")
+    numbers = resolve_dtype(dtype)
+    base, params = _load(model, adapter, numbers)
+    tokenizer = load_tokenizer(model)
+    maker = make_template(template, tokenizer)
+    ids = special_ids(tokenizer)
+    responses = respond(
+        Decoder(config=base.config, dtype=numbers),
+        params,
+        [encode_prompt(text, tokenizer, maker) for text in prompt],
+        tokenizer,
+        GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_ids=ids.eos,
+            pad_id=ids.pad,
+            temperature=temperature,
+            top_p=top_p,
+            num_beams=num_beams,
+        ),
+        batch_size=len(prompt),
+        key=jax.random.key(seed),
+    )
+    for text, response in zip(prompt, responses, strict=True):
+        if len(prompt) > 1:
+            _console.print(f"> {text}", style="bold", markup=False)
+        _console.print(response, markup=False, soft_wrap=True)
+    return 0
+
+
+def export(
+    *,
+    model: str,
+    adapter: str,
+    output: str,
+    format: Literal["huggingface", "peft"] = "huggingface",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_shard_bytes: int = 5 * 2**30,
+    overwrite: bool = False,
+) -> int:
+    """Write a trained adapter for other tools.
+
+    Args:
+        model: The base it was trained on: Hugging Face directory or GGUF file.
+        adapter: Adapter directory.
+        output: Directory to write; must not hold anything.
+        format: huggingface: a merged model; peft: an adapter for PEFT.
+        dtype: Of the merged weights; the merge itself is in float32.
+        max_shard_bytes: Largest file of a merged model.
+        overwrite: Replace what output holds.
+    """
+    base, params = _load(model, adapter, jnp.float32)
+    if format == "peft":
+        config = read_adapter_config(adapter)
+        export_peft(params, config, output, base_model_name=str(Path(model)), overwrite=overwrite)
+        _console.print(f"PEFT adapter: {output}")
+        return 0
+    target = jnp.dtype(dtype)
+    report = merge_report(params, target)
+    table = Table(title=f"rounding of the merged kernels to {dtype}")
+    for column in ("kernel", "rounding / update", "update that passes"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for name, loss in report.items():
+        table.add_row(name, f"{loss.relative:.2%}", f"{loss.kept:.2%}")
+    _console.print(table)
+    worst = max(loss.relative for loss in report.values())
+    if worst > 0.05:
+        _console.print(
+            f"warning: rounding to {dtype} disturbs an update by {worst:.0%} of its size; "
+            "--dtype float32 keeps it, or serve the adapter unmerged",
+            style="yellow",
+        )
+    export_huggingface(
+        merge_smoa(params, target),
+        base.config,
+        output,
+        dtype=target,
+        hf_config=base.hf_config,
+        generation_config=base.generation_config,
+        tokenizer=load_tokenizer(model),
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+    _console.print(f"merged model: {output}")
+    return 0
+
+
+def inspect(
+    *,
+    model: str,
+    adapter: str = "",
+    rank: int = 32,
+    num_subspaces: int = 2,
+    partition: str = "spectral_blocks",
+    modulation: str = "weight",
+    target_modules: list[str] | str | None = None,
+    layers: list[int] | None = None,
+    plot: str = "",
+) -> int:
+    """Show targets, counts and, for a trained adapter, the spectra of its updates.
+
+    Args:
+        model: Hugging Face directory or GGUF file.
+        adapter: Adapter directory; empty: what the options below would train.
+        rank: Total rank R.
+        num_subspaces: M.
+        partition: As in a run's adapter section.
+        modulation: weight or none.
+        target_modules: Names, a regular expression, or all-linear; none: the papers' five.
+        layers: Layers whose updates to show; none: all.
+        plot: PNG file for the singular values of the updates.
+    """
+    if plot and not adapter:
+        raise ValueError("got --plot without --adapter; expected a trained adapter to plot")
+    if adapter:
+        config = read_adapter_config(adapter)
+    else:
+        options: dict[str, Any] = {"partition": partition, "modulation": modulation}
+        if target_modules is not None:
+            options["target_modules"] = target_modules
+        config = SmoaConfig(rank=rank, num_subspaces=num_subspaces, **options)
+    abstract = abstract_base(model)
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
+    rows = target_rows(abstract.params, config)
+    table = Table(title=f"{config.partition}, modulation {config.modulation}, rank {config.rank}")
+    for column in ("kernel", "layers", "inputs x outputs", "ranks", "trained"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for row in rows:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        ranks = "+".join(map(str, row.ranks))
+        table.add_row(row.name, str(row.layers), shape, ranks, f"{row.trainable:,}")
+    _console.print(table)
+    trained = sum(row.trainable for row in rows)
+    _console.print(f"trained {trained:,} of {total:,} base parameters: {trained / total:.3%}")
+    if adapter:
+        _, params = _load(model, adapter, jnp.float32)
+        _show_updates(params, tuple(layers or ()), plot)
+    return 0
+
+
+def _show_updates(params: Params, layers: tuple[int, ...], plot: str) -> None:
+    spectra = update_spectra(params, layers)
+    table = Table(title="updates W' - W")
+    for column in ("kernel", "layer", "rank", "norm / |W|", "largest", "median", "smallest"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for spectrum in spectra:
+        values = spectrum.singular_values
+        middle = values[len(values) // 2]
+        numbers = (f"{value:.2e}" for value in (values[0], middle, values[-1]))
+        table.add_row(
+            spectrum.name,
+            str(spectrum.layer),
+            f"{spectrum.rank} of {len(values)}",
+            f"{spectrum.relative_norm:.2%}",
+            *numbers,
+        )
+    _console.print(table)
+    if plot:
+        plot_spectra(spectra, plot)
+        _console.print(f"plot: {plot}")
+
+
+def _load(model: str, adapter: str, dtype: Any) -> tuple[BaseModel, Params]:
+    base = load_base(model, dtype)
+    if not adapter:
+        return base, base.params
+    params = load_adapter(adapter, base.params, base_fingerprint=base.fingerprint)
+    return dataclasses.replace(base, params={}), params
+
+
+def _shown(value: float, form: str = "{:.4f}") -> str:
+    return form.format(value) if math.isfinite(value) else "-"

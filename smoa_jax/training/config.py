@@ -1,0 +1,212 @@
+"""One run, described whole: what a YAML file holds and what is written beside its checkpoint.
+
+Every field has a default but the base model and the output directory, and everything is validated
+when it is made, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.data.config import DataConfig
+from smoa_jax.models.decoder import REMAT_POLICIES
+from smoa_jax.sharding.mesh import MeshConfig
+from smoa_jax.sharding.rules import DECODER_RULES, parse_rule
+
+DType = Literal["float32", "bfloat16"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+#: Learning rates where none is given: the members whose factors multiply the weight want about ten
+#: times those that add to it (method.md, "Learning rates seen").
+DEFAULT_LEARNING_RATES = {"none": 1e-3, "weight": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base.
+
+    Args:
+        path: Hugging Face directory, GGUF file, or a name on the hub.
+        dtype: Of the weights in memory; ``auto`` is float32 on CPU and bfloat16 elsewhere.
+        compute_dtype: Of activations; ``auto`` likewise.
+        remat: What a layer keeps for its backward pass, by name: one of ``REMAT_POLICIES``.
+        sharding_rules: Path pattern -> mesh axis of each dimension; empty: the decoder's own.
+        spectra_cache: Directory in which spectra are kept between runs; empty: none is kept.
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: str = "projections"
+    sharding_rules: dict[str, str] = dataclasses.field(default_factory=lambda: dict(DECODER_RULES))
+    spectra_cache: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("got an empty model.path; expected a directory or a GGUF file")
+        for name in ("dtype", "compute_dtype"):
+            if getattr(self, name) not in ("auto", *get_args(DType)):
+                raise ValueError(
+                    f"got model.{name}={getattr(self, name)!r}; expected auto, float32 or bfloat16"
+                )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"got model.remat={self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}"
+            )
+        for pattern, text in self.sharding_rules.items():
+            parse_rule(pattern, text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Args:
+        learning_rate: Peak; None: the method's own default (``DEFAULT_LEARNING_RATES``).
+        warmup_steps: Linear warm-up from 0.
+        schedule: After it: ``linear`` or ``cosine`` decay to ``final_fraction``, or ``constant``.
+        final_fraction: Of the peak, reached at the last step.
+        weight_decay: Decoupled, on the factors.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        epsilon: Added to the root of the second moment.
+        clip_norm: Largest global norm of a gradient; 0: no clipping.
+    """
+
+    learning_rate: float | None = None
+    warmup_steps: int = 100
+    schedule: Schedule = "linear"
+    final_fraction: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and not (
+            math.isfinite(self.learning_rate) and self.learning_rate > 0
+        ):
+            raise ValueError(
+                f"got optimizer.learning_rate={self.learning_rate}; expected a positive number"
+            )
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(
+                f"got optimizer.schedule={self.schedule!r}; expected linear, cosine or constant"
+            )
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 or more")
+        for name in ("beta1", "beta2", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        output_dir: Where everything of the run lies; must not hold another run.
+        steps: Optimizer steps in all; 0: as many as ``epochs`` take.
+        epochs: Passes over the data, when ``steps`` is 0.
+        batch_size: Rows of a global batch, accumulation included.
+        accumulate: Parts that a batch is computed in, one after the other.
+        seed: Of the initial draw and of dropout.
+        eval_every: Steps between evaluations on held-out rows; 0: only at the end.
+        eval_batch_size: Rows of an evaluation batch; 0: ``batch_size / accumulate``.
+        save_every: Steps between checkpoints; 0: only at the end.
+        keep_last: Newest checkpoints to keep.
+        keep_best: Best checkpoints to keep, by held-out loss.
+        max_skipped: Steps with a loss or gradient that is not finite before the run stops.
+        loss_chunk: Positions whose logits exist at a time.
+        tensorboard: Write TensorBoard files too (extra ``track``).
+    """
+
+    output_dir: str
+    steps: int = 0
+    epochs: float = 1.0
+    batch_size: int = 32
+    accumulate: int = 1
+    seed: int = 0
+    eval_every: int = 0
+    eval_batch_size: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    keep_best: int = 1
+    max_skipped: int = 10
+    loss_chunk: int = 64
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("got an empty train.output_dir; expected a directory for the run")
+        for name in ("batch_size", "accumulate", "keep_last", "loss_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got train.{name}={getattr(self, name)}; expected at least 1")
+        for name in (
+            "steps",
+            "seed",
+            "eval_every",
+            "eval_batch_size",
+            "save_every",
+            "keep_best",
+            "max_skipped",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got train.{name}={getattr(self, name)}; expected 0 or more")
+        if self.steps == 0 and not self.epochs > 0:
+            raise ValueError("got train.steps=0 and no epochs; expected one of them positive")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"got train.batch_size={self.batch_size} in train.accumulate={self.accumulate} "
+                "parts; expected a multiple; change one of them"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationEvalConfig:
+    """Scoring held-out questions by free generation, before and after training.
+
+    Args:
+        rows: Questions to score, from the start of the held-out rows; 0: no scoring.
+        max_new_tokens: Longest answer.
+        batch_size: Questions at a time.
+        answer: How an answer is found in the text: the protocols of ``evaluation/answers.py``.
+        before: Score the base model too.
+    """
+
+    rows: int = 0
+    max_new_tokens: int = 16
+    batch_size: int = 32
+    answer: Literal["exact", "number", "choice"] = "exact"
+    before: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rows < 0 or self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"got evaluation.rows={self.rows}, max_new_tokens={self.max_new_tokens}, "
+                f"batch_size={self.batch_size}; expected at least 0, 1 and 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run, as a file in ``configs/`` holds it."""
+
+    model: ModelConfig
+    train: TrainConfig
+    adapter: SmoaConfig = dataclasses.field(default_factory=SmoaConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    evaluation: GenerationEvalConfig = dataclasses.field(default_factory=GenerationEvalConfig)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: the one given, or the method's default."""
+        given = self.optimizer.learning_rate
+        return DEFAULT_LEARNING_RATES[self.adapter.modulation] if given is None else given

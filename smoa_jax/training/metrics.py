@@ -1,0 +1,97 @@
+"""What a run reports while it goes: a progress bar, one JSON object per line, TensorBoard.
+
+Values reach the host one step late, so that reading them never holds up the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class MetricsWriter:
+    """Appends metrics to ``metrics.jsonl`` and, if asked, to TensorBoard files.
+
+    Raises:
+        ImportError: if TensorBoard is asked for and the extra ``track`` is not installed.
+    """
+
+    def __init__(self, directory: Path, *, tensorboard: bool = False):
+        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "got train.tensorboard=true without tensorboardX; expected the extra 'track'; "
+                    "pip install 'smoa-jax[track]', or set it to false"
+                ) from error
+            self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """One line: ``{"event", "step", "time", ...values}``."""
+        record = {"event": event, "step": step, "time": time.time(), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class ProgressReport(contextlib.AbstractContextManager):
+    """A bar with loss, tokens/s, step time and ETA on a terminal; plain lines elsewhere."""
+
+    def __init__(self, title: str, total: int, *, start: int = 0, console: Console | None = None):
+        self._console = console or Console()
+        self._live = self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=start, note="")
+        self._title, self._total = title, total
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> ProgressReport:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.stop()
+
+    def update(self, completed: int, note: str) -> None:
+        """Show progress; off a terminal at most one line every ten seconds, and the last."""
+        self._bar.update(self._task, completed=completed, note=note)
+        now = time.monotonic()
+        if not self._live and (now - self._last_line >= 10 or completed == self._total):
+            self._console.print(f"{self._title} {completed}/{self._total}  {note}", markup=False)
+            self._last_line = now
+
+    def resize(self, completed: int, total: int, note: str) -> None:
+        """Show progress towards a total that was not known at the start."""
+        self._total = total
+        self._bar.update(self._task, total=total)
+        self.update(completed, note)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False, highlight=False)

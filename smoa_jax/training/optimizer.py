@@ -1,0 +1,40 @@
+"""AdamW with warm-up, decay and clipping, over the trained factors alone."""
+
+from __future__ import annotations
+
+import optax
+
+from smoa_jax.training.config import RunConfig
+
+
+def make_schedule(config: RunConfig, steps: int) -> optax.Schedule:
+    """Learning rate by optimizer step: linear warm-up from 0, then decay until ``steps``."""
+    optimizer, peak = config.optimizer, config.learning_rate
+    warmup = min(optimizer.warmup_steps, max(steps - 1, 0))
+    rest = max(steps - warmup, 1)
+    if optimizer.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif optimizer.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * optimizer.final_fraction, rest)
+    else:
+        after = optax.cosine_decay_schedule(peak, rest, alpha=optimizer.final_fraction)
+    if not warmup:
+        return after
+    # Step 0 of a warm-up from 0 would change nothing: it starts at peak / warmup.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(config: RunConfig, steps: int) -> optax.GradientTransformation:
+    """The transform for the trainable part of the params; frozen leaves never reach it."""
+    settings = config.optimizer
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    if settings.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)

@@ -1,0 +1,204 @@
+"""From a configuration to everything a step needs, each array born where it belongs.
+
+config -> mesh -> base params, straight to their shards -> spectra -> ``apply_smoa`` ->
+``partition`` -> optimizer state by ``jit(init, out_shardings)``. Nothing is ever whole on one
+device that the rules divide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from smoa_jax.adapter.spectrum import Progress, Spectra, plan_spectra
+from smoa_jax.adapter.tree import apply_smoa, partition
+from smoa_jax.adapter.types import Params, is_modulation
+from smoa_jax.checkpoint.adapter_leaves import abstract_adapter, adapter_leaves, restore_adapter
+from smoa_jax.checkpoint.base import AbstractBase, BaseModel, abstract_base, load_base
+from smoa_jax.checkpoint.training_state import Restored, TrainingCheckpoints
+from smoa_jax.models.decoder import Decoder
+from smoa_jax.sharding.mesh import check_batch, make_mesh, replicated
+from smoa_jax.sharding.rules import activation_constraint, check_heads, param_shardings
+from smoa_jax.training.config import RunConfig
+from smoa_jax.training.optimizer import make_optimizer
+from smoa_jax.training.step import State, initial_state, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A base on its mesh, and the decoder that runs it."""
+
+    base: BaseModel
+    model: Decoder
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the loop runs: jitted steps, the state, and the frozen params they take."""
+
+    frozen: Params
+    state: State
+    train_step: Any
+    eval_step: Any
+
+
+def resolve_dtype(name: str) -> Any:
+    """``auto`` is float32 on CPU, where bf16 is slow, and bfloat16 on accelerators."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name)
+
+
+def load_model(config: RunConfig) -> LoadedModel:
+    """Read the base of a run onto its mesh.
+
+    Raises:
+        ValueError: for a mesh that does not fit the devices, the model or the batch.
+    """
+    mesh = make_mesh(config.mesh)
+    part = config.train.batch_size // config.train.accumulate
+    check_batch(mesh, part, "train.batch_size / train.accumulate")
+    dtype = resolve_dtype(config.model.dtype)
+    abstract = abstract_base(config.model.path, dtype)
+    check_heads(abstract.config.num_heads, abstract.config.num_kv_heads, mesh)
+    shardings = param_shardings(abstract.params, mesh, config.model.sharding_rules)
+    base = load_base(config.model.path, dtype, shardings)
+    return LoadedModel(base=base, model=make_decoder(config, base, mesh), mesh=mesh)
+
+
+def make_decoder(config: RunConfig, base: AbstractBase, mesh: Mesh) -> Decoder:
+    """The decoder of a run, with its remat policy and activation shardings."""
+    return Decoder(
+        config=base.config,
+        dtype=resolve_dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        constrain=activation_constraint(mesh),
+    )
+
+
+def adapt(config: RunConfig, loaded: LoadedModel, progress: Progress | None = None) -> Params:
+    """Plan the spectra and put the modulations beside their kernels, sharded like them."""
+    cache = config.model.spectra_cache or None
+    spectra: Spectra = plan_spectra(
+        loaded.base.params, config.adapter, cache_dir=cache, progress=progress
+    )
+    key = jax.random.key(config.train.seed)
+    params = apply_smoa(loaded.base.params, config.adapter, key, spectra)
+    return place(params, loaded.mesh, config)
+
+
+def place(params: Params, mesh: Mesh, config: RunConfig) -> Params:
+    """Put the modulations of an adapted tree where their kernels' shardings say."""
+    shardings = param_shardings(params, mesh, config.model.sharding_rules)
+    return jax.tree.map(
+        lambda node, where: jax.device_put(node, where) if is_modulation(node) else node,
+        params,
+        shardings,
+        is_leaf=is_modulation,
+    )
+
+
+def start_training(
+    config: RunConfig, loaded: LoadedModel, steps: int, progress: Progress | None = None
+) -> Training:
+    """A fresh run: plan, adapt, and make the optimizer's state where it belongs."""
+    trainable, frozen = partition(adapt(config, loaded, progress))
+    optimizer = make_optimizer(config, steps)
+    shardings = state_shardings(trainable, optimizer, loaded.mesh)
+    init = jax.jit(lambda tree: initial_state(tree, optimizer), out_shardings=shardings)
+    return _with_steps(config, loaded, optimizer, shardings, frozen, init(trainable))
+
+
+def resume_training(
+    config: RunConfig,
+    loaded: LoadedModel,
+    steps: int,
+    checkpoints: TrainingCheckpoints,
+    progress: Progress | None = None,
+) -> tuple[Training, Restored]:
+    """The last checkpoint of a run, on this mesh; block ids come from it, not from a new plan.
+
+    Raises:
+        CheckpointError: if there is none, or it belongs to another adapter or base.
+    """
+    expected = abstract_adapter(loaded.base.params, config.adapter)
+    shardings = param_shardings(expected, loaded.mesh, config.model.sharding_rules)
+    expected = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        expected,
+        shardings,
+    )
+    trainable, frozen = partition(expected)
+    optimizer = make_optimizer(config, steps)
+    placed = state_shardings(trainable, optimizer, loaded.mesh)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(lambda tree: initial_state(tree, optimizer), trainable),
+        placed,
+    )
+    restored = checkpoints.restore(None, {"run": abstract, "adapter": adapter_leaves(frozen)})
+    state = restored.state["run"]
+    params = restore_adapter(
+        loaded.base.params,
+        config.adapter,
+        adapter_leaves(state["trainable"]) | restored.state["adapter"],
+        cache_dir=config.model.spectra_cache or None,
+        progress=progress,
+    )
+    frozen = partition(place(params, loaded.mesh, config))[1]
+    return _with_steps(config, loaded, optimizer, placed, frozen, state), restored
+
+
+def saved_state(state: State, frozen: Params) -> dict[str, Any]:
+    """What a checkpoint holds: the state, and the frozen leaves of the adapter."""
+    return {"run": state, "adapter": adapter_leaves(frozen)}
+
+
+def _with_steps(
+    config: RunConfig,
+    loaded: LoadedModel,
+    optimizer: optax.GradientTransformation,
+    shardings: dict[str, Any],
+    frozen: Params,
+    state: State,
+) -> Training:
+    """The two steps, jitted; the state goes in and comes out in the same shardings."""
+    train_step = make_train_step(
+        loaded.model,
+        optimizer,
+        seed=config.train.seed,
+        accumulate=config.train.accumulate,
+        chunk=config.train.loss_chunk,
+        dropout=config.adapter.dropout > 0,
+    )
+    eval_step = make_eval_step(loaded.model, chunk=config.train.loss_chunk)
+    whole = replicated(loaded.mesh)
+    return Training(
+        frozen=frozen,
+        state=state,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
+        eval_step=jax.jit(eval_step, out_shardings=whole),
+    )
+
+
+def state_shardings(
+    trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> dict[str, Any]:
+    """Moments lie where their factors lie; every scalar is replicated, by name."""
+    factors = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    whole = replicated(mesh)
+    abstract = jax.eval_shape(lambda tree: initial_state(tree, optimizer), trainable)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract["opt_state"],
+        factors,
+        transform_non_params=lambda _: whole,
+    )
+    return {"trainable": factors, "opt_state": opt_state, "step": whole, "skipped": whole}
