@@ -1,0 +1,98 @@
+"""Tiny decoders for the tests: shapes that all differ, so that a mix-up cannot go unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smoa_jax.adapter.types import Blocks, LowRank
+from smoa_jax.models.config import DecoderConfig
+from smoa_jax.models.decoder import Decoder, abstract_params
+
+CONFIG = DecoderConfig(
+    vocab_size=61,
+    embed_dim=20,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=28,
+    rope_base=10000.0,
+    norm_epsilon=1e-5,
+    tie_embeddings=False,
+    max_positions=128,
+)
+
+
+def config(**changes: Any) -> DecoderConfig:
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def model(**changes: Any) -> Decoder:
+    return Decoder(config(**changes), dtype=jnp.float32)
+
+
+def params(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """Like ``init_params``, drawn by NumPy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if "scale" in str(path[-1]):
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        inputs = leaf.shape[-1 if "embedding" in str(path[-1]) else -2]
+        return jnp.asarray(rng.normal(scale=inputs**-0.5, size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config(**changes)))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "method"))
+def apply(
+    decoder: Decoder, params: Any, tokens: Any, *arguments: Any, method: str = "__call__", **named
+) -> Any:
+    """``decoder.apply``, compiled once per shape for all tests."""
+    rngs = named.pop("rngs", None)
+    return decoder.apply({"params": params}, tokens, *arguments, method=method, rngs=rngs, **named)
+
+
+def tokens(batch: int, time: int, seed: int = 1, vocab_size: int = 61) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch, time)).astype(np.int32)
+
+
+def adapt(base: dict[str, Any], seed: int, *, b_std: float, dropout: float = 0.0) -> dict[str, Any]:
+    """Put blocks beside every layer kernel but q_proj's, which gets a LoRA: both kinds of path."""
+    rng = np.random.default_rng(seed)
+
+    def node(kernel: jax.Array, blocks: bool) -> Any:
+        layers, inputs, outputs = kernel.shape
+        rank = 2
+        common = {
+            "a": jnp.asarray(rng.uniform(-0.3, 0.3, (layers, inputs, rank)), jnp.float32),
+            "b": jnp.asarray(b_std * rng.normal(size=(layers, outputs, rank)), jnp.float32),
+            "scale": jnp.ones((layers,)),
+            "dropout": dropout,
+        }
+        if not blocks:
+            return LowRank(ranks=jnp.full((layers, 1), 2.0), weight_modulated=False, **common)
+        return Blocks(
+            in_block=jnp.asarray(rng.permuted(np.arange(layers * inputs) % 2), jnp.float32).reshape(
+                layers, inputs
+            ),
+            out_block=jnp.asarray(
+                rng.permuted(np.arange(layers * outputs) % 2), jnp.float32
+            ).reshape(layers, outputs),
+            ranks=jnp.full((layers, 2), 2.0),
+            **common,
+        )
+
+    layers = dict(base["layers"])
+    for part in ("self_attn", "mlp"):
+        layers[part] = {
+            name: {**module, "smoa": node(module["kernel"], name != "q_proj")}
+            for name, module in layers[part].items()
+        }
+    return {**base, "layers": layers}
