@@ -39,7 +39,7 @@ class BlockPartition:
 
 
 def even_sizes(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` consecutive pieces of `total` things; the first `total % parts` get one more.
+    """Sizes of `parts` consecutive pieces of `total` things; the first `total % parts` are larger.
 
     Also the rule by which the rank is split over the subspaces.
     """
@@ -67,7 +67,10 @@ def centre_of_mass(vectors: Array, singular_values: Array) -> Array:
 
 
 def spectral_scores(weight: Array, dtype: type = np.float32) -> tuple[Array, Array]:
-    """Scores of inputs and of outputs, from an economy SVD in `dtype` (float32 as published)."""
+    """Scores of inputs and of outputs, from an economy SVD in `dtype` (float32 as published).
+
+    NumPy decomposes in float64 and rounds the factors to `dtype`, which is float32 at its best.
+    """
     left, singular_values, right_transposed = np.linalg.svd(
         np.asarray(weight).astype(dtype), full_matrices=False
     )
@@ -146,6 +149,29 @@ def spectral_bands(weight: Array, num_subspaces: int) -> tuple[list[Array], list
     return matrices, [members[0] for members in bands[1:]]
 
 
+def bands_that_rounding_decides(weight: Array, num_subspaces: int) -> bool:
+    """Whether a band is empty, or an energy so near a bound that float32 can't tell the sides."""
+    singular_values = np.linalg.svd(np.asarray(weight).astype(np.float64), compute_uv=False)
+    energies = np.cumsum(singular_values) / singular_values.sum()
+    bounds = np.arange(1, num_subspaces) / num_subspaces
+    try:
+        band_cuts(singular_values, num_subspaces)
+    except ValueError:
+        return True
+    return bool(np.any(np.abs(energies[:, None] - bounds) < 1e-5))
+
+
+def band_rounding(weight: Array, cuts: list[int]) -> float:
+    """How far a float32 decomposition may move an entry of a band.
+
+    Rounding mixes the singular vectors on both sides of a cut in proportion to eps over the
+    relative gap between their singular values.
+    """
+    values = np.linalg.svd(np.asarray(weight).astype(np.float64), compute_uv=False)
+    gap = min((values[cut - 1] - values[cut] for cut in cuts), default=values[0])
+    return float(2 * np.finfo(np.float32).eps * values[0] ** 2 / gap)
+
+
 # --- scale and initial values ---------------------------------------------------------------------
 
 
@@ -185,9 +211,7 @@ def adapted_by_blocks(
     return permuted[np.argsort(rows)][:, np.argsort(columns)]
 
 
-def adapted_by_bands(
-    bands: list[Array], a: list[Array], b: list[Array], scale: float
-) -> Array:
+def adapted_by_bands(bands: list[Array], a: list[Array], b: list[Array], scale: float) -> Array:
     """`sum_m W_m * (1 + s A_m B_m^T)`, the same as W plus every band's update [S1]."""
     return sum(
         (
@@ -281,6 +305,15 @@ class Layer:
         formula = adapted_by_hira if self.weight_modulated else adapted_by_lora
         return formula(weight, self.a[0], self.b[0], self.scale)
 
+    def rounding(self, weight: Array) -> float:
+        """What float32 may do to an entry of the adapted weight."""
+        largest = 1e-6 * float(np.abs(self.adapted(weight)).max())
+        if self.kind != "Bands":
+            return largest
+        products = [np.abs(a @ b.T).max() for a, b in zip(self.a, self.b, strict=True)]
+        _, cuts = spectral_bands(weight, len(self.ranks))
+        return largest + self.scale * float(max(products)) * band_rounding(weight, cuts)
+
     def modulation(self, weight: Array) -> list[Array]:
         """G_m of each subspace, as whole matrices."""
         ones_or_weight = weight if self.weight_modulated else np.ones(weight.shape)
@@ -336,3 +369,39 @@ def padding_mask(node: Any, name: str) -> Array:
     else:
         limit = ranks[..., None]
     return np.broadcast_to(column >= limit, factor.shape)
+
+
+def modulations(params: dict, prefix: str = "") -> dict[str, tuple[Array, Any]]:
+    """Kernel and modulation of every adapted module of a tree, by dotted path."""
+    found = {}
+    for key, value in params.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            if "smoa" in value:
+                found[path] = (np.asarray(value["kernel"]).astype(np.float32), value["smoa"])
+            found |= modulations(value, f"{path}.")
+    return found
+
+
+def with_random_factors(params: dict, seed: int, spread: float = 0.5) -> dict:
+    """The tree with random `a` and `b`, so that each `A_m B_m^T` has standard deviation `spread`.
+
+    Padding stays zero, as training leaves it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: visit(child) for key, child in value.items()}
+        return randomised(value) if hasattr(value, "ranks") else value
+
+    def randomised(node: Any) -> Any:
+        factors = {}
+        for name in ("a", "b"):
+            padding = padding_mask(node, name)
+            used = np.maximum((~padding).sum(-1, keepdims=True), 1)
+            noise = rng.normal(size=padding.shape) * np.sqrt(spread / np.sqrt(used))
+            factors[name] = np.where(padding, 0.0, noise).astype(np.float32)
+        return dataclasses.replace(node, **factors)
+
+    return visit(params)
