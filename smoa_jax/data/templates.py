@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row
-from smoa_jax.data.tokenizer import trailing_special
+from smoa_jax.data.tokenizer import special_texts
 
 #: Names that ``make_template`` knows.
 TEMPLATES = ("alpaca", "chat", "plain")
@@ -139,6 +139,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
+        self._special_texts = special_texts(tokenizer)
 
     def __call__(self, row: AnyRow) -> Rendered:
         messages = _as_messages(row)
@@ -168,7 +169,8 @@ class ChatTemplate:
         Without an end token, the text up to trailing whitespace: what follows belongs to the next
         turn's prompt.
         """
-        return text.rstrip(), not trailing_special(self._tokenizer, text)
+        response = text.rstrip()
+        return response, not response.endswith(self._special_texts)
 
     def _render(
         self, messages: tuple[Message, ...], origin: str, *, add_generation_prompt: bool

@@ -27,6 +27,9 @@ from transformers import PreTrainedTokenizerFast
 #: transformers' converter knows no such split; without it, whitespace before a digit is cut
 #: otherwise ("a  1" as two spaces in place of one double space).
 _DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r"})
+#: GGUF names of Llama 3's pre-tokenizer: whole words of the vocabulary are taken before merges, and
+#: texts begin with BOS unless the file says otherwise. transformers' converter does neither.
+_LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe"})
 #: Key in the tokenizer's own (saved) settings for stop ids that it has no place for.
 STOP_IDS_KEY = "stop_token_ids"
 #: Where a padding token may be borrowed from, in this order, before unk and EOS.
@@ -104,21 +107,21 @@ def chat_turn_end(tokenizer: PreTrainedTokenizerFast) -> str:
     """The special token that the chat template writes after an assistant's turn, or ``""``."""
     if not tokenizer.chat_template:
         return ""
+    candidates = special_texts(tokenizer)
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         text = tokenizer.apply_chat_template(probe, tokenize=False)
     except TemplateError:  # a template for other conversations; rows will tell what it accepts
         return ""
-    return trailing_special(tokenizer, str(text))
-
-
-def trailing_special(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """The special token that ``text``, trailing whitespace aside, ends with, or ``""``."""
-    text = text.rstrip()
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-    candidates = {*tokenizer.all_special_tokens, *added}
-    endings = [token for token in candidates if token.strip() and text.endswith(token)]
+    endings = [token for token in candidates if str(text).rstrip().endswith(token)]
     return max(endings, key=len, default="")
+
+
+def special_texts(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """The texts of the special and other added tokens of ``tokenizer``."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    texts = {*tokenizer.all_special_tokens, *added}
+    return tuple(text for text in texts if text.strip())
 
 
 def _from_directory(path: Path) -> PreTrainedTokenizerFast:
@@ -148,7 +151,11 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
             f"cannot read a tokenizer from {path} ({_one_line(error)}); expected a whole GGUF file "
             "with a vocabulary"
         ) from error
-    if vocabulary.get("pre_tokenizer_type") in _DIGIT_SPLITTING:
+    split = vocabulary.get("pre_tokenizer_type")
+    if split in _LLAMA3:
+        backend.model.ignore_merges = True  # type: ignore[attr-defined]
+        config.setdefault("add_bos_token", True)
+    if split in _DIGIT_SPLITTING:
         backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -180,11 +187,8 @@ def _gguf_value(path: Path, key: str) -> Any:
 def _written_bos(tokenizer: PreTrainedTokenizerFast) -> int:
     """The id this tokenizer itself puts before a text, or -1."""
     with_special = tokenizer("a", add_special_tokens=True).input_ids
-    without = tokenizer("a", add_special_tokens=False).input_ids
     bos = _token_id(tokenizer, "bos")
-    if bos is not None and with_special[:1] == [bos] and without[:1] != [bos]:
-        return bos
-    return -1
+    return bos if bos is not None and with_special[:1] == [bos] else -1
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerFast, *, otherwise: int) -> int:

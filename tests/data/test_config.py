@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -84,6 +85,33 @@ def test_packing_and_buckets_are_options(smollm2):
     bucketed = build_data(DataConfig(task=task, buckets=(20, 21, 22, 30)), smollm2)
     assert set(bucketed.train.plan.buckets) <= {20, 21, 22, 30, 256}
     assert len(bucketed.train) == 60
+
+
+def test_every_setting_reaches_what_it_is_about(smollm2, tmp_path):
+    train = write_rows(tmp_path / "train.json", range(30))
+    test = write_rows(tmp_path / "test.json", range(30, 50))
+    base = DataConfig(source="files", train_files=(train,), eval_files=(test,))
+
+    def build(**changes):
+        return build_data(dataclasses.replace(base, **changes), smollm2)
+
+    reference = build()
+    assert next(build(seed=1).train_stream(30))[1]["seed"] == 1
+    assert len(build(eval_limit=3).questions) == 3
+    assert build(response_only=False).train.examples.trained.all()
+    assert not reference.train.examples.trained.all()
+    assert build(max_length=99).train.plan.buckets == (99,)
+    plain = build(template="plain").questions.prompts[0]
+    assert smollm2.decode(plain) == "question 30\n"
+    share = DataConfig(source="files", train_files=(train,), eval_rows=5)
+    kept = [
+        build_data(dataclasses.replace(share, seed=seed), smollm2).questions.references
+        for seed in (0, 1)
+    ]
+    assert kept[0] != kept[1]
+    tasks = [DataConfig(task=TaskConfig(seed=seed, train_rows=5, eval_rows=5)) for seed in (0, 1)]
+    drawn = [build_data(task, smollm2).questions.questions for task in tasks]
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import pytest
 
 from smoa_jax.data.tokenizer import SpecialIds, load_tokenizer, special_ids
@@ -51,6 +52,45 @@ def test_a_gguf_tokenizer_saved_as_directory_opens_in_transformers(smollm2, tmp_
             "<|im_end|>",
         )
         assert special_ids(opened) == special_ids(smollm2)
+
+
+def write_gguf(path, tokens, *, model, pre="", merges=(), **ids):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    if pre:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(len(tokens))])
+    control = [3 if token.startswith("<") else 1 for token in tokens]
+    writer.add_token_types(control)
+    if merges:
+        writer.add_token_merges(list(merges))
+    for name, token in ids.items():
+        getattr(writer, f"add_{name}_token_id")(tokens.index(token))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return load_tokenizer(path)
+
+
+def test_llama3_from_gguf_begins_with_bos_and_takes_whole_words_first(tmp_path):
+    tokens = ["<|begin|>", "<|end|>", "<|eot|>", "a", "b", "c", "ab", "abc"]
+    options = {"model": "gpt2", "merges": ["a b"], "bos": "<|begin|>", "eos": "<|end|>"}
+    llama3 = write_gguf(tmp_path / "l3.gguf", tokens, pre="llama-bpe", eot="<|eot|>", **options)
+    assert special_ids(llama3) == SpecialIds(bos=0, eos=(1, 2), pad=1)
+    assert llama3.convert_ids_to_tokens(ids(llama3, "abc")) == ["abc"]
+    other = write_gguf(tmp_path / "gpt2.gguf", tokens, pre="gpt-2", **options)
+    assert special_ids(other) == SpecialIds(bos=-1, eos=(1,), pad=1)
+    assert other.convert_ids_to_tokens(ids(other, "abc")) == ["ab", "c"]
+
+
+def test_llama2_from_gguf_begins_with_bos(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "\u2581a", "\u2581ab"]
+    options = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    tokenizer = write_gguf(tmp_path / "l2.gguf", tokens, model="llama", **options)
+    assert special_ids(tokenizer) == SpecialIds(bos=1, eos=(2,), pad=0)
+    assert tokenizer("ab").input_ids == [1, 7]
 
 
 def test_chat_template_beside_the_tokenizer_is_read(make_tokenizer, chatml, tmp_path):
