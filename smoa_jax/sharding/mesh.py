@@ -49,7 +49,7 @@ class MeshConfig:
         return (self.data, self.fsdp, self.tensor)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh over all devices, or over those given.
 
     Raises:

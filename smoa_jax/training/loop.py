@@ -236,7 +236,7 @@ class _Runner(contextlib.AbstractContextManager):
         """Read one step's metrics on the host, write them, and stop a run that has gone bad."""
         values = {name: float(value) for name, value in metrics.items()}
         seconds = time.monotonic() - begun
-        values["learning_rate"] = float(self._schedule(step - 1 - int(values["skipped"])))
+        values["learning_rate"] = float(np.asarray(self._schedule(step - 1 - int(values["skipped"]))))
         values["seconds"] = seconds
         values["tokens_per_second"] = values["tokens"] / seconds
         self._writer.write("train", step, _jsonable(values))
@@ -374,7 +374,7 @@ def _mean_loss(
         process_count=jax.process_count(),
     )
     sums = [step(put_batch(batch, loaded)) for batch in batches]
-    total, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64).tolist()
+    total, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
     return total / tokens if tokens else math.nan
 
 
