@@ -59,8 +59,10 @@ def adapter_leaves(params: Params) -> Leaves:
         for key, value in tree.items():
             if is_modulation(value):
                 for name in _stored_fields(value):
-                    if getattr(value, name) is not None:
-                        leaves["/".join((*path, name))] = getattr(value, name)
+                    leaf = getattr(value, name)
+                    if leaf is not None:
+                        is_host = isinstance(leaf, np.ndarray)
+                        leaves["/".join((*path, name))] = jnp.asarray(leaf) if is_host else leaf
             elif isinstance(value, dict):
                 visit(value, (*path, key))
 

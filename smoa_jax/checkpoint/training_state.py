@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -27,7 +27,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    LatestN,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from smoa_jax.checkpoint.errors import CheckpointError, listed
 
@@ -111,22 +116,11 @@ class TrainingCheckpoints:
         self._best_metric = best_metric
         self._read_only = read_only
         self._own_steps: set[int] = set()
-
-        def metric(metrics: Any) -> float:
-            return float(metrics[best_metric])
-
-        best = BestN(
-            get_metric_fn=metric,
-            reverse=best_mode == "min",
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._best = _KeepBest(keep_best, best_mode)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=metric,
-                best_mode=best_mode,
-                preservation_policy=AnyPreservationPolicy([LatestN(keep_last), best]),
+                preservation_policy=AnyPreservationPolicy([LatestN(keep_last), self._best]),
                 cleanup_tmp_directories=not read_only,
                 todelete_subdir=None if read_only else _TRASH,
                 read_only=read_only,
@@ -136,9 +130,12 @@ class TrainingCheckpoints:
             item_names=(_STATE, _RECORD),
         )
         self._empty_trash()
-        latest = self.latest_step()
-        if latest is not None:
-            self._checked_record(latest)
+        for step in self.all_steps():
+            try:
+                self._best.note(step, self._checked_record(step)["metrics"].get(best_metric))
+            except CheckpointError:  # a run that goes on may have deleted it by now
+                if not read_only or (self.directory / str(step)).exists():
+                    raise
 
     # -------------------------------------------------------------------------------- the steps
 
@@ -148,7 +145,8 @@ class TrainingCheckpoints:
 
     def best_step(self) -> int | None:
         """The step with the best metric among those kept; None if none has one."""
-        return self._manager.best_step()
+        ranked = self._best.ranked(self.all_steps())
+        return ranked[0] if ranked else None
 
     def all_steps(self) -> list[int]:
         """Every step kept, in ascending order."""
@@ -205,14 +203,13 @@ class TrainingCheckpoints:
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
             "tensors": {name: _describe(leaf) for name, leaf in leaves.items()},
         }
-        value = record["metrics"].get(self._best_metric, math.nan)
+        self._best.note(step, record["metrics"].get(self._best_metric))
         stored = {name: _key_data(leaf) for name, leaf in leaves.items() if leaf.size}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 **{_STATE: ocp.args.PyTreeSave(stored), _RECORD: ocp.args.JsonSave(record)}
             ),
-            metrics={self._best_metric: value} if math.isfinite(value) else None,
             force=True,
         )
         self._own_steps.add(step)
@@ -331,6 +328,30 @@ class TrainingCheckpoints:
             if trash.exists():
                 for entry in trash.iterdir():
                     entry.rmtree(missing_ok=True)
+
+
+class _KeepBest(PreservationPolicy):
+    """Preserves the best steps among those with a finite metric."""
+
+    def __init__(self, number: int, mode: Literal["min", "max"]):
+        self._number = number
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._values: dict[int, float] = {}
+
+    def note(self, step: int, value: float | None) -> None:
+        if value is not None and math.isfinite(value):
+            self._values[step] = self._sign * value
+
+    def ranked(self, steps: Sequence[int]) -> list[int]:
+        """Those with a metric, best first; of equals the later first."""
+        known = [step for step in steps if step in self._values]
+        return sorted(known, key=lambda step: (self._values[step], -step))
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        best = self.ranked([info.step for info in checkpoints])[: self._number]
+        return [info.step in best for info in checkpoints]
 
 
 # ------------------------------------------------------------------------------------- the leaves
