@@ -55,21 +55,19 @@ def test_greedy_equals_the_uncached_model():
 
 
 def test_any_of_several_eos_ids_ends_a_row_and_only_that_row():
-    model, params = tiny.model(), tiny.params()
-    free = rows(generate(model, params, PROMPTS, LENGTHS, GREEDY))
-    eos_ids = tuple(min(set(line) - set(free[2])) for line in free[:2])
-    config = GenerationConfig(max_new_tokens=8, eos_ids=eos_ids, pad_id=60)
-    result = generate(model, params, PROMPTS, LENGTHS, config)
-    for line, length, finished, whole in zip(
-        result.tokens, result.lengths, result.finished, free, strict=True
-    ):
-        ends = [index for index, token in enumerate(whole) if token in config.eos_ids]
-        assert bool(finished) == bool(ends)
-        expected = whole[: ends[0] + 1] if ends else whole
-        assert line[:length].tolist() == expected
-        assert (line[length:] == 60).all()
-    assert result.finished.tolist() == [True, True, False]
+    model, params, key = tiny.model(), tiny.params(), jax.random.key(0)
+    free = GenerationConfig(max_new_tokens=8, temperature=1.5)
+    whole = rows(generate(model, params, PROMPTS, LENGTHS, free, key))
+    eos_ids = tuple(next(t for t in line[1:] if t not in whole[2]) for line in whole[:2])
+    config = dataclasses.replace(free, eos_ids=eos_ids, pad_id=60)
+    result = generate(model, params, PROMPTS, LENGTHS, config, key)
     assert len(set(eos_ids)) == 2
+    assert result.finished.tolist() == [True, True, False]
+    for line, length, said in zip(result.tokens, result.lengths, whole, strict=True):
+        ends = [index + 1 for index, token in enumerate(said) if token in eos_ids]
+        assert length == (ends[0] if ends else 8)
+        assert line[:length].tolist() == said[:length]
+        assert (line[length:] == 60).all()
 
 
 def test_the_loop_stops_when_every_row_has_met_eos():
