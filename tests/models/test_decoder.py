@@ -294,3 +294,46 @@ def test_a_modulation_passes_the_scan_as_a_node():
     node = gradients["layers"]["mlp"]["up_proj"]["smoa"]
     assert np.abs(np.asarray(node.a)).min(axis=(1, 2)).shape == (3,)
     assert (np.abs(np.asarray(node.a)).max(axis=(1, 2)) > 0).all()
+
+
+def products(jaxpr) -> list:
+    """Every dot_general of a program, inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found += products(getattr(inner, "jaxpr", inner))
+    return found
+
+
+def test_float32_products_name_the_highest_precision_forward_and_backward():
+    params = tiny.adapt(tiny.params(), 3, b_std=0.5)
+
+    def loss(params):
+        return tiny.model().apply({"params": params}, tiny.tokens(1, 4)).sum()
+
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    program = products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    named = {equation.params["precision"] for equation in program}
+    assert named == {highest}
+
+
+def test_bf16_products_accumulate_in_float32():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params())
+
+    def logits(params):
+        return Decoder(tiny.CONFIG).apply({"params": params}, tiny.tokens(1, 4))
+
+    projections = [
+        equation
+        for equation in products(jax.make_jaxpr(logits)(params).jaxpr)
+        if equation.invars[1].aval.ndim == 2
+    ]
+    assert len(projections) == 8  # seven kernels of the scanned layer, and the head
+    for equation in projections:
+        assert {str(operand.aval.dtype) for operand in equation.invars} == {"bfloat16"}
+        assert equation.params["preferred_element_type"] == jnp.float32
