@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 from jinja2 import TemplateError
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -30,6 +31,12 @@ _DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r"})
 #: GGUF names of Llama 3's pre-tokenizer: whole words of the vocabulary are taken before merges, and
 #: texts begin with BOS unless the file says otherwise. transformers' converter does neither.
 _LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe"})
+_GGUF_SPECIAL_IDS = {
+    "bos": "ggml.bos_token_id",
+    "eos": "ggml.eos_token_id",
+    "unk": "ggml.unknown_token_id",
+    "pad": "ggml.padding_token_id",
+}
 #: Key in the tokenizer's own (saved) settings for stop ids that it has no place for.
 STOP_IDS_KEY = "stop_token_ids"
 #: Where a padding token may be borrowed from, in this order, before unk and EOS.
@@ -68,14 +75,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     path = Path(path)
     if path.is_dir():
-        tokenizer = _from_directory(path)
+        tokenizer, stops = _from_directory(path)
     elif path.is_file() and path.suffix == ".gguf":
-        tokenizer = _from_gguf(path)
+        tokenizer, stops = _from_gguf(path)
     else:
         raise ValueError(
             f"got tokenizer path {path}; expected a directory with tokenizer.json or a .gguf file"
         )
-    if stops := _declared_stop_ids(path):
+    if stops is not None:
+        stops = stops if isinstance(stops, list) else [stops]
         tokenizer.init_kwargs[STOP_IDS_KEY] = stops
     return tokenizer
 
@@ -124,33 +132,51 @@ def special_texts(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     return tuple(text for text in texts if text.strip())
 
 
-def _from_directory(path: Path) -> PreTrainedTokenizerFast:
+def _from_directory(path: Path) -> tuple[PreTrainedTokenizerFast, Any]:
+    """The tokenizer, and the stop ids that the generation config declares."""
     if not (path / "tokenizer.json").is_file():
         raise ValueError(
             f"got {path} without tokenizer.json; expected a fast tokenizer's file; "
             "save it with transformers' tokenizer.save_pretrained"
         )
+    generation = path / "generation_config.json"
     try:
         # By class and not by AutoTokenizer: that one imports torch where torch is installed.
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        settings = json.loads(generation.read_text()) if generation.is_file() else {}
+        return tokenizer, settings.get("eos_token_id")
     except Exception as error:  # tokenizers raises bare Exception for a corrupted file
         raise ValueError(f"cannot read the tokenizer in {path}: {_one_line(error)}") from error
 
 
-def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
+def _from_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, Any]:
+    """The tokenizer, and the stop id that the file declares beside EOS."""
+    # transformers' own reader of the metadata imports torch; its converter does not.
     from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_TOKENIZER_MAPPING,
         convert_gguf_tokenizer,
-        get_gguf_tokenizer,
     )
 
     try:
-        architecture, vocabulary, config = get_gguf_tokenizer(str(path))
-        backend, extra = convert_gguf_tokenizer(architecture, vocabulary)
+        metadata = _gguf_metadata(path)
+        vocabulary, config = (
+            {name: metadata[key] for key, name in names.items() if key in metadata}
+            for names in (
+                GGUF_TOKENIZER_MAPPING["tokenizer"],
+                GGUF_TOKENIZER_MAPPING["tokenizer_config"],
+            )
+        )
+        for kind, key in _GGUF_SPECIAL_IDS.items():
+            token = metadata.get(key)
+            config[f"{kind}_token"] = None if token is None else vocabulary["tokens"][token]
+        backend, extra = convert_gguf_tokenizer(metadata["general.architecture"], vocabulary)
     except Exception as error:  # struct, Unicode, key and value errors, by where the file is broken
         raise ValueError(
             f"cannot read a tokenizer from {path} ({_one_line(error)}); expected a whole GGUF file "
             "with a vocabulary"
         ) from error
+    if vocabulary.get("tokenizer_type") == "llama":
+        config.setdefault("add_bos_token", True)  # SentencePiece models: the format's default
     split = vocabulary.get("pre_tokenizer_type")
     if split in _LLAMA3:
         backend.model.ignore_merges = True  # type: ignore[attr-defined]
@@ -162,26 +188,17 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **config, **extra)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **config, **extra)
+    return tokenizer, metadata.get("ggml.eot_token_id")
 
 
-def _declared_stop_ids(path: Path) -> list[int]:
-    """Stop ids that stand outside the tokenizer: generation config or GGUF metadata."""
-    if path.is_dir():
-        file = path / "generation_config.json"
-        stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    else:
-        stops = _gguf_value(path, "tokenizer.ggml.eot_token_id")
-    if stops is None:
-        return []
-    return list(stops) if isinstance(stops, list) else [stops]
-
-
-def _gguf_value(path: Path, key: str) -> Any:
-    from transformers.integrations.gguf.reader import read_gguf_metadata
-
-    metadata, _ = read_gguf_metadata(str(path), ())
-    return metadata.get(key)
+def _gguf_metadata(path: Path) -> dict[str, Any]:
+    """The file's architecture, and its ``tokenizer.`` entries without that prefix."""
+    fields = gguf.GGUFReader(path).fields
+    prefix = "tokenizer."
+    wanted = {name: field for name, field in fields.items() if name.startswith(prefix)}
+    metadata = {name.removeprefix(prefix): field.contents() for name, field in wanted.items()}
+    return {"general.architecture": fields["general.architecture"].contents(), **metadata}
 
 
 def _written_bos(tokenizer: PreTrainedTokenizerFast) -> int:
