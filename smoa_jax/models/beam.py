@@ -144,7 +144,9 @@ def _best_worth(
 def _best(
     beams: Beams, length_penalty: Float[Array, ""]
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"], Bool[Array, " B"], Float[Array, " B"]]:
-    unfinished = beams.scores[:, 0] / beams.step.astype(jnp.float32) ** length_penalty
+    worth = beams.scores[:, 0] / beams.step.astype(jnp.float32) ** length_penalty
+    # Before the tokens have run out, every row is settled, and what is unfinished is no result.
+    unfinished = jnp.where(beams.step == beams.tokens.shape[2], worth, -jnp.inf)
     finished = beams.pool_scores[:, 0] >= unfinished
     tokens = jnp.where(finished[:, None], beams.pool_tokens[:, 0], beams.tokens[:, 0])
     lengths = jnp.where(finished, beams.pool_lengths[:, 0], beams.step)

@@ -13,7 +13,7 @@ import pytest
 from smoa_jax.adapter.types import Blocks, LowRank
 from smoa_jax.models import decoder as decoder_module
 from smoa_jax.models.attention import attend, no_constraint
-from smoa_jax.models.cache import empty_cache
+from smoa_jax.models.cache import cache_positions, empty_cache
 from smoa_jax.models.decoder import Decoder, DecoderLayer, abstract_params, init_params, unembedding
 from smoa_jax.models.layers import RMSNorm
 from smoa_jax.models.rope import rope_tables
@@ -241,6 +241,13 @@ def test_a_cache_continues_as_if_everything_came_at_once():
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
     assert int(cache.length) == 9
+
+
+def test_positions_count_from_each_rows_own_start():
+    cache = empty_cache(tiny.CONFIG, jnp.array([0, 3]), 8, jnp.float32)
+    np.testing.assert_array_equal(cache_positions(cache, 5), [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]])
+    later = dataclasses.replace(cache, length=jnp.asarray(5))
+    np.testing.assert_array_equal(cache_positions(later, 2), [[5, 6], [2, 3]])
 
 
 def test_padding_before_a_row_is_not_seen_and_stays_finite():

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from smoa_jax.models import generation
+from smoa_jax.models.beam import beam_search
+from smoa_jax.models.cache import empty_cache
 from smoa_jax.models.generation import GenerationConfig, generate, prompt_bucket
 from smoa_jax.models.sampling import is_any_of, sample, truncated_logits
 from tests.models import tiny
@@ -246,8 +248,11 @@ def test_wide_beams_find_the_best_of_all_continuations(length_penalty):
     assert ends >= ({1, 3} if length_penalty == 1.0 else {1} if length_penalty <= 0 else {3})
 
 
-def beam_reference(model, params, text, config) -> tuple[list[int], float]:
-    """The search as the module describes it, one list of texts at a time."""
+def beam_reference(next_token, config) -> tuple[list[int], float]:
+    """The search as the module describes it, one list of texts at a time, never stopping early.
+
+    ``next_token`` gives the log-probabilities of the token after those said so far.
+    """
     going, pool = [(0.0, [])], []
 
     def worth(total, said):
@@ -257,7 +262,7 @@ def beam_reference(model, params, text, config) -> tuple[list[int], float]:
         candidates = [
             (total + gain, [*said, token])
             for total, said in going
-            for token, gain in enumerate(log_probabilities(model, params, [*text, *said]))
+            for token, gain in enumerate(next_token(said))
         ]
         candidates.sort(key=lambda candidate: -candidate[0])
         for total, said in candidates[: config.num_beams]:
@@ -270,18 +275,56 @@ def beam_reference(model, params, text, config) -> tuple[list[int], float]:
     return said, value
 
 
-@pytest.mark.parametrize("num_beams", [2, 3])
-def test_narrow_beams_equal_the_search_in_plain_python(num_beams):
-    model, params = tiny.model(), tiny.params()
-    lm_head = {"kernel": 2.0 * params["lm_head"]["kernel"]}
-    params = {**params, "lm_head": lm_head}
-    # Every fifth token ends the text: some rows end early, some late, some not at all.
-    config = GenerationConfig(max_new_tokens=6, num_beams=num_beams, eos_ids=tuple(range(0, 61, 5)))
-    result = generate(model, params, PROMPTS, LENGTHS, config)
+def test_narrow_beams_equal_the_search_in_plain_python():
+    model, params = tiny.model(**SMALL), sharpened(0)
+    config = GenerationConfig(max_new_tokens=6, num_beams=2, eos_ids=(1, 3))
+    prompts = tiny.tokens(3, 9, seed=3, vocab_size=5)
+    result = generate(model, params, prompts, LENGTHS, config)
     for row, length in enumerate(LENGTHS):
-        said, worth = beam_reference(model, params, list(PROMPTS[row, :length]), config)
+        text = list(prompts[row, :length])
+        said, worth = beam_reference(
+            lambda said, text=text: log_probabilities(model, params, [*text, *said]), config
+        )
         assert rows(result)[row] == said
         np.testing.assert_allclose(result.scores[row], worth, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
+def test_beams_over_random_chains_equal_the_search_in_plain_python(length_penalty):
+    """Where the next token depends on the last alone, many searches cost little."""
+    rng = np.random.default_rng(0)
+    chain = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 2, (7, 7)), jnp.float32))
+    first = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 2, (200, 7)), jnp.float32))
+    config = GenerationConfig(
+        max_new_tokens=7, num_beams=2, eos_ids=(0, 4), length_penalty=length_penalty
+    )
+
+    def search(logits):
+        return beam_search(
+            lambda last, cache: (chain[last], cache),
+            logits,
+            empty_cache(tiny.CONFIG, jnp.zeros(logits.shape[0], jnp.int32), 1, jnp.float32),
+            num_beams=2,
+            max_new_tokens=7,
+            eos_ids=jnp.array(config.eos_ids),
+            pad_id=jnp.int32(6),
+            length_penalty=jnp.float32(length_penalty),
+        )
+
+    tokens, lengths, finished, scores = together = search(first)
+    # Each row in a loop of its own, which ends as soon as the row is settled.
+    alone = jax.vmap(search)(first[:, None])
+    for ours, own in zip(together, alone, strict=True):
+        np.testing.assert_allclose(ours, own[:, 0], rtol=1e-5)
+    rows_of_chain, starts = np.asarray(chain), np.asarray(first)
+    for row in range(200):
+        said, worth = beam_reference(
+            lambda said, row=row: rows_of_chain[said[-1]] if said else starts[row], config
+        )
+        assert tokens[row, : lengths[row]].tolist() == said
+        assert (tokens[row, lengths[row] :] == 6).all()
+        assert bool(finished[row]) == (said[-1] in config.eos_ids)
+        np.testing.assert_allclose(scores[row], worth, rtol=1e-4)
 
 
 def test_beams_find_what_greedy_misses():
