@@ -26,7 +26,7 @@ $(VENV)/.test-$(EXTRAS): $(VENV)/.run
 
 # A real SmolLM2, fine-tuned with SMoA on a small generated task, on the CPU.
 demo: $(VENV)/.run
-	$(BIN)/python -m smoa_jax.demo --output $(DEMO_DIR) --seed $(DEMO_SEED)
+	$(BIN)/python examples/demo.py --output $(DEMO_DIR) --seed $(DEMO_SEED)
 
 test: $(VENV)/.test-$(EXTRAS) lint
 	$(BIN)/python -m pytest
