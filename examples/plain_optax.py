@@ -1,5 +1,7 @@
 """Someone else's Flax model, adapted and trained in a plain optax loop."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ def main(steps: int = 200) -> tuple[float, float]:
     inputs = jax.random.normal(data_key, (256, 16))
     labels = jnp.argmax(inputs[:, :3] + inputs[:, 3:6], axis=-1)
     model = Classifier()
-    base = model.init(model_key, inputs)["params"]
+    base = dict(model.init(model_key, inputs)["params"])
 
     config = smoa_jax.SmoaConfig(rank=8, num_subspaces=2, target_modules=["hidden_1", "hidden_2"])
     params = smoa_jax.apply_smoa(base, config, adapter_key)
@@ -33,7 +35,7 @@ def main(steps: int = 200) -> tuple[float, float]:
     state = optimizer.init(params)
 
     def loss_function(params):
-        logits = model.apply({"params": smoa_jax.merge_smoa(params)}, inputs)
+        logits: Any = model.apply({"params": smoa_jax.merge_smoa(params)}, inputs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit

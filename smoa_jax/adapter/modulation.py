@@ -324,14 +324,20 @@ def _masked_factors(modulation: Modulation) -> tuple[jax.Array, jax.Array]:
 
 def _mask(factor: jax.Array, block: jax.Array, num_subspaces: int) -> jax.Array:
     """(..., n, R_m) -> (..., n, M * R_m): each row in its own block's columns, zeros elsewhere."""
-    own = block[..., :, None] == jnp.arange(num_subspaces, dtype=block.dtype)
+    own = _membership(block, num_subspaces)
     masked = jnp.where(own[..., None], factor[..., :, None, :], 0)
     return masked.reshape(*factor.shape[:-1], num_subspaces * factor.shape[-1])
 
 
+def _membership(block: jax.Array, num_subspaces: int) -> jax.Array:
+    """(..., n) block ids -> (..., n, M) booleans."""
+    ids = jnp.arange(num_subspaces, dtype=block.dtype)
+    return block[..., None] == ids.reshape((1,) * block.ndim + (num_subspaces,))
+
+
 def _unmask(gradient: jax.Array, block: jax.Array, num_subspaces: int) -> jax.Array:
     """The transpose of ``_mask``."""
-    own = block[:, None] == jnp.arange(num_subspaces, dtype=block.dtype)
+    own = _membership(block, num_subspaces)
     split = gradient.reshape(gradient.shape[0], num_subspaces, -1)
     return jnp.where(own[..., None], split, 0).sum(axis=1)
 

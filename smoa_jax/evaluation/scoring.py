@@ -93,11 +93,7 @@ def answer_questions(
     Raises:
         ValueError: if there are fewer questions than asked for.
     """
-    if rows > len(questions):
-        raise ValueError(
-            f"got {len(questions)} held-out questions; expected at least evaluation.rows={rows}; "
-            "hold out more rows (data.eval_rows, data.task.eval_rows) or lower evaluation.rows"
-        )
+    check_questions(questions, rows)
     ids = special_ids(tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_ids=ids.eos, pad_id=ids.pad)
     responses = respond(
@@ -111,3 +107,16 @@ def answer_questions(
     )
     score = score_responses(responses, questions.references[:rows], protocol=protocol)
     return Answers(responses=responses, score=score)
+
+
+def check_questions(questions: Questions, rows: int) -> None:
+    """Refuse to score more questions than there are.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if rows > len(questions):
+        raise ValueError(
+            f"got {len(questions)} held-out questions; expected at least evaluation.rows={rows}; "
+            "hold out more rows (data.eval_rows, data.task.eval_rows) or lower evaluation.rows"
+        )

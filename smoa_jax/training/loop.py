@@ -7,7 +7,7 @@ runs. What a run writes::
       config.yaml     as resolved, enough to run it again
       metrics.jsonl   one object per step, evaluation and event
       checkpoints/    training state; resuming from it is bit-exact
-      adapter/        the trained adapter, best step if held-out loss was watched
+      adapter/        the trained adapter, as of the last step
       summary.json    what the table at the end shows
 """
 
@@ -35,7 +35,7 @@ from smoa_jax.checkpoint.training_state import Identity, Restored, TrainingCheck
 from smoa_jax.data.config import Data, build_data
 from smoa_jax.data.pipeline import ExamplesIndex, eval_batches
 from smoa_jax.data.tokenizer import load_tokenizer
-from smoa_jax.evaluation.scoring import answer_questions
+from smoa_jax.evaluation.scoring import answer_questions, check_questions
 from smoa_jax.sharding.mesh import batch_sharding, check_batch
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.metrics import MetricsWriter, ProgressReport
@@ -99,19 +99,23 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         loaded = load_model(config)
         report.update(1, str(config.model.path))
     check_batch(loaded.mesh, _eval_batch_size(config), "train.eval_batch_size")
+    _check_data(config, loaded, data)
     restored = None
     with ProgressReport("planning spectra", 1) as report:
-        if resume:
-            checkpoints = _open_checkpoints(config, loaded, directory)
+        checkpoints = _open_checkpoints(config, loaded, directory) if resume else None
+        # A run that was killed before its first checkpoint resumes from its beginning.
+        if checkpoints is not None and checkpoints.latest_step() is not None:
             training, restored = resume_training(
                 config, loaded, steps, checkpoints, progress=report.resize
             )
         else:
             training = start_training(config, loaded, steps, progress=report.resize)
-            # Nothing is written before everything that can be refused has been looked at.
+            # Nothing is written or deleted before everything that can be refused has been seen.
+            if overwrite and directory.exists():
+                shutil.rmtree(directory)
             directory.mkdir(parents=True, exist_ok=True)
             write_config(config, directory / "config.yaml")
-            checkpoints = _open_checkpoints(config, loaded, directory)
+            checkpoints = checkpoints or _open_checkpoints(config, loaded, directory)
     with _Runner(config, loaded, training, data, tokenizer, checkpoints, steps) as runner:
         return runner.run(restored, started=started)
 
@@ -236,7 +240,8 @@ class _Runner(contextlib.AbstractContextManager):
         """Read one step's metrics on the host, write them, and stop a run that has gone bad."""
         values = {name: float(value) for name, value in metrics.items()}
         seconds = time.monotonic() - begun
-        values["learning_rate"] = float(np.asarray(self._schedule(step - 1 - int(values["skipped"]))))
+        taken = step - int(values["skipped"])
+        values["learning_rate"] = float(np.asarray(self._schedule(max(taken - 1, 0))))
         values["seconds"] = seconds
         values["tokens_per_second"] = values["tokens"] / seconds
         self._writer.write("train", step, _jsonable(values))
@@ -392,23 +397,33 @@ def _open_checkpoints(
     )
 
 
+def _check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
+    """Refuse data that the model or the evaluation would only trip over later."""
+    largest = max(int(rows.examples.tokens.max()) for rows in (data.train, data.eval) if rows)
+    vocabulary = loaded.base.config.vocab_size
+    if largest >= vocabulary:
+        raise RunError(
+            f"got token id {largest} from the tokenizer of {config.model.path} for a model with "
+            f"{vocabulary} embeddings; expected smaller ids; use the tokenizer of this model"
+        )
+    check_questions(data.questions, config.evaluation.rows)
+
+
 def _check_directory(directory: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise RunError("got both resume and overwrite; expected one of them")
     holds_run = directory.exists() and any(directory.iterdir())
-    if resume and not (directory / "checkpoints").exists():
+    if resume and not (directory / "config.yaml").exists():
         raise RunError(
-            f"got resume for {directory}, which holds no checkpoint; expected the directory of an "
-            "interrupted run; leave --resume out to start one"
+            f"got resume for {directory}, which holds no run (no config.yaml); expected the "
+            "directory of an interrupted run; leave --resume out to start one"
         )
-    if holds_run and overwrite:
-        if not (directory / "config.yaml").exists():
-            raise RunError(
-                f"got overwrite for {directory}, which is not empty but holds no run "
-                "(no config.yaml); expected a run's directory; choose another, or empty it yourself"
-            )
-        shutil.rmtree(directory)
-    elif holds_run and not resume:
+    if holds_run and overwrite and not (directory / "config.yaml").exists():
+        raise RunError(
+            f"got overwrite for {directory}, which is not empty but holds no run "
+            "(no config.yaml); expected a run's directory; choose another, or empty it yourself"
+        )
+    if holds_run and not (overwrite or resume):
         raise RunError(
             f"got train.output_dir={directory}, which is not empty; expected a new directory; "
             "--resume goes on with the run there, --overwrite deletes it"
