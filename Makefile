@@ -29,7 +29,7 @@ demo: $(VENV)/.run
 	$(BIN)/python examples/demo.py --output $(DEMO_DIR) --seed $(DEMO_SEED)
 
 test: $(VENV)/.test-$(EXTRAS) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: $(VENV)/.test-$(EXTRAS)
 	$(BIN)/python -m pytest -m slow

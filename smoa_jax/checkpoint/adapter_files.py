@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.flax import load
+from safetensors.numpy import save
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.spectrum import Progress

@@ -123,7 +123,7 @@ def make_train_step(
         tokens = batch["loss_mask"].astype(jnp.float32).sum()
         count = jnp.maximum(tokens, 1.0)
         loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trainable)
         updated = optax.apply_updates(trainable, updates)

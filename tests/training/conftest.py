@@ -1,0 +1,23 @@
+"""One tiny base for all training tests, and JAX narrowed to one device where eight add nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from smoa_jax.sharding import mesh
+from smoa_jax.training import setup
+from tests.training.tiny_run import write_base
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.getbasetemp() / "tiny_base")
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(setup, "make_mesh", lambda config: mesh.make_mesh(config, devices))
