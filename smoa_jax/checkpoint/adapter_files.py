@@ -22,8 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.flax import load
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from smoa_jax.adapter.config import SmoaConfig
@@ -211,7 +210,7 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, np.ndarray]:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError(f"its SHA-256 is not the one in {CONFIG_FILE}")
-        return load(content)
+        return _tensors(content)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: damaged or incomplete ({error}); expected the file that save_adapter wrote: "
@@ -231,3 +230,24 @@ def _to_file(name: str, leaf: Any) -> np.ndarray:
 
 def _from_file(name: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if name.rsplit("/", 1)[-1] in _BLOCK_IDS else array
+
+
+def _tensors(content: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, bfloat16 too, which its NumPy reader does not know.
+
+    Raises:
+        CheckpointError: for a dtype that no adapter is saved in.
+    """
+    names = {"F16": "f2", "F32": "f4", "U8": "u1", "U16": "u2", "U32": "u4", "I32": "i4"}
+    dtypes = {name: np.dtype(code) for name, code in names.items()}
+    dtypes["BF16"] = np.dtype(jnp.bfloat16)
+    tensors = {}
+    for name, entry in deserialize(content):
+        if entry["dtype"] not in dtypes:
+            raise CheckpointError(
+                f"got {name} of dtype {entry['dtype']}; expected one of {', '.join(dtypes)}; "
+                "use a file that smoa_jax has written"
+            )
+        flat = np.frombuffer(bytes(entry["data"]), dtypes[entry["dtype"]])
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
