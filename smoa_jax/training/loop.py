@@ -38,7 +38,7 @@ from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.evaluation.scoring import answer_questions, check_questions
 from smoa_jax.sharding.mesh import batch_sharding, check_batch
 from smoa_jax.training.config import RunConfig
-from smoa_jax.training.metrics import MetricsWriter, ProgressReport
+from smoa_jax.training.metrics import MetricsWriter, ProgressReport, read_metrics
 from smoa_jax.training.optimizer import make_schedule
 from smoa_jax.training.setup import (
     LoadedModel,
@@ -179,16 +179,15 @@ class _Runner(contextlib.AbstractContextManager):
         summary = self._summary(finished, step, first, last, started, adapter)
         text = json.dumps(_jsonable(dataclasses.asdict(summary)), indent=2)
         (self._directory / "summary.json").write_text(text + "\n", encoding="utf-8")
-        self._writer.write("finished", step, dataclasses.asdict(summary))
+        self._writer.write("finished", step, _jsonable(dataclasses.asdict(summary)))
         return summary
 
     def _before(self, start: int) -> tuple[float, float]:
         """Loss and accuracy of the base; a resumed run takes them from its own record."""
         if start:
-            for line in (self._directory / "metrics.jsonl").read_text("utf-8").splitlines():
-                record = json.loads(line)
-                if record["event"] == "before":
-                    return _number(record["eval_loss"]), _number(record["accuracy"])
+            for record in read_metrics(self._directory, "before"):
+                return _number(record["eval_loss"]), _number(record["accuracy"])
+            return math.nan, math.nan  # the record is gone, and so is the untrained adapter
         loss = self._evaluate(0, event="eval_before")
         accuracy = math.nan
         if self._config.evaluation.before:

@@ -8,11 +8,26 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(directory: Path, event: str) -> Iterator[dict[str, Any]]:
+    """The records of one event in order, but lines that a killed process left unfinished."""
+    path = directory / METRICS_FILE
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["event"] == event:
+                yield record
 
 
 class MetricsWriter:
@@ -23,7 +38,11 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool = False):
-        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        path = directory / METRICS_FILE
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if torn:  # by a process that was killed; its half line must not swallow ours
+            self._file.write("\n")
         self._board: Any = None
         if tensorboard:
             try:

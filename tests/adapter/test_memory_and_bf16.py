@@ -167,13 +167,12 @@ def test_the_merge_report_tells_a_swallowed_adapter_from_one_that_survives():
         kernel = np.asarray(params["proj"]["kernel"]).astype(np.float64)
         merged = np.asarray(smoa_jax.merge_smoa(params)["proj"]["kernel"]).astype(np.float64)
         lost = np.linalg.norm(merged - kernel - residual) / np.linalg.norm(residual)
-        assert reported_loss(report["proj"]) == pytest.approx(lost, rel=0.02)
-    assert reported_loss(gentle["proj"]) > 0.9
-    assert reported_loss(strong["proj"]) < 0.05
-
-
-def reported_loss(entry: Any) -> float:
-    return float(entry)
+        along = np.sum((merged - kernel) * residual) / np.sum(residual**2)
+        assert report["proj"].relative == pytest.approx(lost, rel=0.02)
+        assert report["proj"].update_norm == pytest.approx(np.linalg.norm(residual), rel=0.01)
+        assert report["proj"].kept == pytest.approx(along, abs=0.02)
+    assert gentle["proj"].relative > 0.9
+    assert strong["proj"].relative < 0.05
 
 
 # --- hazard 2: what the backward keeps ------------------------------------------------------------
