@@ -1,13 +1,17 @@
-"""Grouped-query self-attention (arXiv 2305.13245), the product itself done by JAX's own function.
+"""Grouped-query self-attention (arXiv 2305.13245), the product itself done by a library's function.
 
 The softmax is float32. Every mask leaves masked scores finite, so a row that may see nothing (a
 padding token) gives a finite average that no one reads, never NaN.
+
+Layers differ in what they see and in how they turn: ``Surroundings`` holds both kinds, made once,
+and a layer selects its own. Without local layers there is nothing to select.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +19,64 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.models.config import DecoderConfig
-from smoa_jax.models.layers import Linear
-from smoa_jax.models.rope import apply_rope
+from smoa_jax.models.layers import Linear, RMSNorm, soft_cap
+from smoa_jax.models.rope import RopeTables, apply_rope
 
 #: Called on activations with the logical name of each axis; returns them, perhaps constrained.
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+Constrain: TypeAlias = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 #: All layers' cached keys and values, and the first slot to write; None when training.
-LayerCaches = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"], Int[Array, ""]]
+LayerCaches: TypeAlias = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"], Int[Array, ""]]
+
+
+class FusedAttention(Protocol):
+    """Attention of whole sequences in one kernel that never holds the scores.
+
+    Hashable, since it is a field of the model. ``segment_ids`` None means one segment a row;
+    ``local`` is a scalar, None in models without local layers.
+    """
+
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        *,
+        segment_ids: Int[Array, "B T"] | None,
+        local: Bool[Array, ""] | None,
+        config: DecoderConfig,
+    ) -> Float[Array, "B T N H"]: ...
+
+
+class Surroundings(NamedTuple):
+    """What all layers of a pass share.
+
+    Attributes:
+        rope: Rotary tables.
+        local_rope: Those of local layers, where they differ.
+        mask: What a token sees; None means every earlier one and itself.
+        local_mask: Likewise in local layers, where there are any.
+        segment_ids: For fused attention, which needs no mask.
+    """
+
+    rope: RopeTables
+    local_rope: RopeTables | None
+    mask: Bool[Array, "B 1 T S"] | None
+    local_mask: Bool[Array, "B 1 T S"] | None
+    segment_ids: Int[Array, "B T"] | None
+
+    def of_layer(
+        self, local: Bool[Array, ""] | None
+    ) -> tuple[RopeTables, Bool[Array, "B 1 T S"] | None]:
+        """Return the tables and the mask of one layer."""
+        return _select(local, self.local_rope, self.rope), _select(
+            local, self.local_mask, self.mask
+        )
+
+
+def _select(local: jax.Array | None, if_local: Any, otherwise: Any) -> Any:
+    if local is None or if_local is None:
+        return otherwise
+    return jax.tree.map(lambda one, other: jax.lax.select(local, one, other), if_local, otherwise)
 
 
 def no_constraint(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -30,11 +85,19 @@ def no_constraint(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     return x
 
 
-def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+def causal_mask(time: int, window: int = 0) -> Bool[Array, "1 1 T T"]:
+    """Return which tokens see which: themselves and earlier ones, ``window`` in all if above 0."""
+    distance = jnp.arange(time)[:, None] - jnp.arange(time)[None, :]
+    visible = distance >= 0
+    if window:
+        visible &= distance < window
+    return visible[None, None]
+
+
+def segment_mask(segment_ids: Int[Array, "B T"], window: int = 0) -> Bool[Array, "B 1 T T"]:
     """Return which tokens see which: the same segment's, up to and including themselves."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    time = segment_ids.shape[1]
-    return same & jnp.tril(jnp.ones((1, 1, time, time), bool))
+    return same & causal_mask(segment_ids.shape[1], window)
 
 
 def attend(
@@ -42,11 +105,39 @@ def attend(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     mask: Bool[Array, "B 1 T S"] | None,
+    *,
+    scale: float,
+    cap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
     """Return each query's average of the values; ``mask`` None means causal, T = S."""
     exact = query.dtype == jnp.float32
     with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
+        if cap:
+            return _capped_attention(query, key, value, mask, scale, cap)
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=mask is None, scale=scale
+        )
+
+
+def _capped_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    scale: float,
+    cap: float,
+) -> jax.Array:
+    """``jax.nn.dot_product_attention`` with the soft cap that it has no argument for."""
+    if mask is None:
+        mask = causal_mask(query.shape[1])
+    batch, time, heads, head_dim = query.shape
+    grouped = query.reshape(batch, time, key.shape[2], -1, head_dim)
+    wide = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, **wide) * scale
+    scores = jnp.where(mask[:, :, None], soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    average = jnp.einsum("BKGTS,BSKH->BTKGH", shares, value, **wide)
+    return average.reshape(batch, time, heads, head_dim).astype(query.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -54,24 +145,38 @@ class SelfAttention(nn.Module):
 
     config: DecoderConfig
     constrain: Constrain
+    fused: FusedAttention | None = None
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Array, Array],
-        mask: Bool[Array, "B 1 T S"] | None,
+        surroundings: Surroundings,
         layer: Int[Array, ""],
+        local: Bool[Array, ""] | None,
         caches: LayerCaches | None,
     ) -> tuple[Float[Array, "B T D"], LayerCaches | None]:
         config = self.config
-        query = apply_rope(self._heads(x, "q_proj", config.num_heads), rope)
-        key = apply_rope(self._heads(x, "k_proj", config.num_kv_heads), rope)
+        rope, mask = surroundings.of_layer(local)
+        query = self._heads(x, "q_proj", config.num_heads)
+        key = self._heads(x, "k_proj", config.num_kv_heads)
         value = self._heads(x, "v_proj", config.num_kv_heads)
+        if config.qk_norm:
+            norm = (config.head_dim, config.norm_epsilon, config.norm_offset)
+            query = RMSNorm(*norm, name="q_norm")(query)
+            key = RMSNorm(*norm, name="k_norm")(key)
+        query, key = apply_rope(query, rope), apply_rope(key, rope)
         query = self.constrain(query, ("batch", "time", "heads", "head_dim"))
         if caches is not None:
             key, value, caches = _update(caches, layer, key, value)
-        attended = attend(query, key, value, mask)
+        if self.fused is not None and caches is None:
+            segments = surroundings.segment_ids
+            attended = self.fused(
+                query, key, value, segment_ids=segments, local=local, config=config
+            )
+        else:
+            scale, cap = config.attention_scale, config.attention_soft_cap
+            attended = attend(query, key, value, mask, scale=scale, cap=cap)
         attended = self.constrain(attended, ("batch", "time", "heads", "head_dim"))
         width = config.num_heads * config.head_dim
         flat = attended.reshape((*attended.shape[:2], width))

@@ -54,11 +54,17 @@ def cache_positions(cache: KVCache, num_new: int) -> Int[Array, "B T"]:
     return jnp.maximum(slots[None, :] - cache.starts[:, None], 0)
 
 
-def cache_mask(cache: KVCache, num_new: int) -> Bool[Array, "B 1 T S"]:
-    """Return which slots each of the next ``num_new`` tokens sees, itself included."""
+def cache_mask(cache: KVCache, num_new: int, window: int = 0) -> Bool[Array, "B 1 T S"]:
+    """Return which slots each of the next ``num_new`` tokens sees, itself included.
+
+    ``window`` above 0 leaves only the last so many. A row's tokens lie in adjacent slots, so a
+    difference of slots is one of positions.
+    """
     slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, None, :]
     queries = cache.length + jnp.arange(num_new, dtype=jnp.int32)[None, :, None]
     visible = (slots <= queries) & (slots >= cache.starts[:, None, None])
+    if window:
+        visible &= slots > queries - window
     return visible[:, None, :, :]
 
 

@@ -1,4 +1,20 @@
-"""What a decoder is: sizes, rotary embedding, head; nothing about files or about training.
+"""What a decoder is: sizes and options; nothing about files or about training.
+
+One config describes every family. The defaults are a Llama's; what Gemma does otherwise are
+options of their own, each of which stands alone:
+
+=========================  ========  ============  ============  ===========================
+option                     Llama     Gemma 1       Gemma 2       Gemma 3
+=========================  ========  ============  ============  ===========================
+``activation``             silu      gelu_tanh     gelu_tanh     gelu_tanh
+``embed_scale``            1         sqrt(D)       sqrt(D)       sqrt(D)
+``norm_offset``            0         1             1             1
+``post_norms``             no        no            yes           yes
+``qk_norm``                no        no            no            yes
+``query_scale``            1/sqrt(H) 1/sqrt(H)     its own       its own
+soft caps                  none      none          both          none
+``local_layers``           none      none          every other   five of six, own RoPE base
+=========================  ========  ============  ============  ===========================
 
 A ``DecoderConfig`` is hashable, so that it can be a static argument of a jitted function, and
 validated when made: whoever holds one may rely on it.
@@ -9,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 
 #: Names of the feed-forward activations that ``layers.py`` knows.
-ACTIVATIONS = ("silu",)
+ACTIVATIONS = ("silu", "gelu_tanh")
 #: Kinds of rotary scaling that ``rope.py`` knows.
 ROPE_SCALING_KINDS = ("none", "linear", "llama3")
 
@@ -59,7 +75,33 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The sizes and options of a Llama decoder."""
+    """The sizes and options of a decoder.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        embed_dim: D.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: K, key and value heads; a divisor of N.
+        head_dim: H, even.
+        mlp_dim: F.
+        rope_base: Of the rotary embedding, of the global layers where there are local ones.
+        norm_epsilon: Added to the mean square in every norm.
+        tie_embeddings: Whether the embedding is the head, too.
+        max_positions: Longest sequence.
+        activation: Of the gated feed-forward layer: one of ``ACTIVATIONS``.
+        rope_scaling: Stretching of the rotary frequencies; of the global layers alone.
+        embed_scale: Factor of the embeddings, rounded to the compute dtype as they are.
+        norm_offset: Norms scale by ``norm_offset + w``, in float32.
+        post_norms: Whether the outputs of attention and feed-forward have norms of their own.
+        qk_norm: Whether queries and keys are normed, head by head, before they are turned.
+        query_scale: Factor of the attention scores; 0 for ``head_dim ** -0.5``.
+        attention_soft_cap: c of ``c tanh(score / c)``, before the mask; 0 for none.
+        final_soft_cap: Likewise of the logits; 0 for none.
+        sliding_window: Tokens that a local layer's token sees, itself included; 0 without any.
+        local_layers: Which layers are local: one entry per layer, or none at all.
+        local_rope_base: Base of the local layers, unscaled; 0 for the same as the others'.
+    """
 
     vocab_size: int
     embed_dim: int
@@ -74,6 +116,16 @@ class DecoderConfig:
     max_positions: int
     activation: str = "silu"
     rope_scaling: RopeScaling = RopeScaling()
+    embed_scale: float = 1.0
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qk_norm: bool = False
+    query_scale: float = 0.0
+    attention_soft_cap: float = 0.0
+    final_soft_cap: float = 0.0
+    sliding_window: int = 0
+    local_layers: tuple[bool, ...] = ()
+    local_rope_base: float = 0.0
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -108,4 +160,30 @@ class DecoderConfig:
             raise ValueError(
                 f"got activation {self.activation!r}; expected one of {ACTIVATIONS}; "
                 "use a checkpoint with one of these"
+            )
+        self._check_options()
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of the attention scores."""
+        return self.query_scale or self.head_dim**-0.5
+
+    def _check_options(self) -> None:
+        for name in ("query_scale", "attention_soft_cap", "final_soft_cap", "local_rope_base"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name} {getattr(self, name)}; expected 0 (off) or more")
+        if self.embed_scale <= 0:
+            raise ValueError(f"got embed_scale {self.embed_scale}; expected a positive factor")
+        if self.local_layers and len(self.local_layers) != self.num_layers:
+            raise ValueError(
+                f"got local_layers of {len(self.local_layers)} entries for {self.num_layers} "
+                "layers; expected one entry per layer, or none at all"
+            )
+        has_local = any(self.local_layers)
+        if has_local != (self.sliding_window > 0) or (self.local_rope_base and not has_local):
+            raise ValueError(
+                f"got sliding_window {self.sliding_window}, local_rope_base "
+                f"{self.local_rope_base} and {sum(self.local_layers)} local layers; expected a "
+                "window of at least 1 where there are local layers, and neither where there are "
+                "none"
             )

@@ -6,10 +6,15 @@ The params tree bears Hugging Face's names, every layer leaf with a leading axis
     embed_tokens/embedding                         [V, D]
     layers/input_layernorm/scale                   [L, D]
     layers/self_attn/{q,k,v,o}_proj/kernel         [L, I, O]   (+ smoa beside it, when adapted)
+    layers/self_attn/{q,k}_norm/scale              [L, H]      (Gemma 3)
     layers/post_attention_layernorm/scale          [L, D]
+    layers/{pre,post}_feedforward_layernorm/scale  [L, D]      (Gemma 2 and 3)
     layers/mlp/{gate,up,down}_proj/kernel          [L, I, O]
     norm/scale                                     [D]
     lm_head/kernel                                 [D, V]      (absent when tied)
+
+Hugging Face calls two norms ``post_attention_layernorm``: Llama's and Gemma 1's stands before the
+feed-forward layer, Gemma 2's and 3's on what attention gives; the tree keeps its word.
 
 Compile time does not grow with depth, and what differs from layer to layer is scanned data, never
 another stack. Rematerialisation is a policy chosen by name; none of them keeps an array of a
@@ -29,8 +34,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.models.attention import (
     Constrain,
+    FusedAttention,
     LayerCaches,
     SelfAttention,
+    Surroundings,
+    causal_mask,
     no_constraint,
     segment_mask,
 )
@@ -41,10 +49,11 @@ from smoa_jax.models.layers import (
     PROJECTION,
     Linear,
     RMSNorm,
+    soft_cap,
     wide_matmul,
 )
-from smoa_jax.models.params import abstract_params, init_params, unembedding
-from smoa_jax.models.rope import rope_tables
+from smoa_jax.models.params import abstract_params, init_params
+from smoa_jax.models.rope import local_rope_tables, rope_tables
 
 __all__ = [
     "REMAT_POLICIES",
@@ -52,7 +61,6 @@ __all__ = [
     "DecoderLayer",
     "abstract_params",
     "init_params",
-    "unembedding",
 ]
 
 #: What each layer keeps for its backward pass, from most memory to least: everything; the results
@@ -68,7 +76,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
 
 
 class MLP(nn.Module):
-    """The gated feed-forward layer (SwiGLU, arXiv 2002.05202)."""
+    """The gated feed-forward layer (SwiGLU or GEGLU, arXiv 2002.05202)."""
 
     config: DecoderConfig
     constrain: Constrain
@@ -88,25 +96,36 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
     constrain: Constrain
+    fused: FusedAttention | None = None
 
     @nn.compact
     def __call__(
         self,
         carry: tuple[Float[Array, "B T D"], LayerCaches | None],
-        rope: tuple[Array, Array],
-        mask: Bool[Array, "B 1 T S"] | None,
+        surroundings: Surroundings,
         layer: Int[Array, ""],
+        local: Bool[Array, ""] | None,
     ) -> tuple[tuple[Float[Array, "B T D"], LayerCaches | None], None]:
         x, caches = carry
         config, constrain = self.config, self.constrain
-        normed = RMSNorm(config.embed_dim, config.norm_epsilon, name="input_layernorm")(x)
-        attended, caches = SelfAttention(config, constrain, name="self_attn")(
-            normed, rope, mask, layer, caches
+        before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
+        change, caches = SelfAttention(config, constrain, self.fused, name="self_attn")(
+            self._norm(x, "input"), surroundings, layer, local, caches
         )
-        x = constrain(x + attended, ("batch", "time", "embed"))
-        normed = RMSNorm(config.embed_dim, config.norm_epsilon, name="post_attention_layernorm")(x)
-        x = x + MLP(config, constrain, name="mlp")(normed)
-        return (constrain(x, ("batch", "time", "embed")), caches), None
+        if config.post_norms:
+            change = self._norm(change, "post_attention")
+        x = constrain(x + change, ("batch", "time", "embed"))
+        change = MLP(config, constrain, name="mlp")(self._norm(x, before_mlp))
+        if config.post_norms:
+            change = self._norm(change, "post_feedforward")
+        return (constrain(x + change, ("batch", "time", "embed")), caches), None
+
+    def _norm(self, x: jax.Array, name: str) -> Float[Array, "B T D"]:
+        config = self.config
+        norm = RMSNorm(
+            config.embed_dim, config.norm_epsilon, config.norm_offset, name=f"{name}_layernorm"
+        )
+        return norm(x)
 
 
 class Embedding(nn.Module):
@@ -119,7 +138,10 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+        found = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+        # The factor is rounded too: Gemma was trained with sqrt(3072) = 55.5 in bf16.
+        scale = self.config.embed_scale
+        return found if scale == 1 else found * jnp.asarray(scale, dtype)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return wide_matmul(hidden, self.embedding, transposed=True)
@@ -138,12 +160,15 @@ class Decoder(nn.Module):
         dtype: of activations and products' inputs; norms, softmax, RoPE and logits are float32.
         remat: a name of ``REMAT_POLICIES``.
         constrain: called on activations with their logical axes, for sharding.
+        fused: attention of whole sequences, where the platform has a kernel for it; None is XLA's
+            own. Generation with a cache never uses it.
     """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.bfloat16
     remat: str = "none"
     constrain: Constrain = no_constraint
+    fused: FusedAttention | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -154,7 +179,7 @@ class Decoder(nn.Module):
         layer = DecoderLayer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        in_axes: Any = (nn.broadcast, nn.broadcast, 0)
+        in_axes: Any = (nn.broadcast, 0, 0)
         stack = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -163,8 +188,8 @@ class Decoder(nn.Module):
             length=config.num_layers,
         )
         self.embed_tokens = Embedding(config)
-        self.layers = stack(config, self.constrain)
-        self.norm = RMSNorm(config.embed_dim, config.norm_epsilon)
+        self.layers = stack(config, self.constrain, self.fused)
+        self.norm = RMSNorm(config.embed_dim, config.norm_epsilon, config.norm_offset)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.embed_dim, config.vocab_size, wide=True)
 
@@ -200,17 +225,13 @@ class Decoder(nn.Module):
             raise ValueError("got segment_ids with a cache; expected one of them; leave one out")
         if positions is None:
             positions = _default_positions(tokens, segment_ids, cache)
-        mask, caches = None, None
-        if cache is not None:
-            mask = cache_mask(cache, tokens.shape[1])
-            caches = (cache.keys, cache.values, cache.length)
-        elif segment_ids is not None:
-            mask = segment_mask(segment_ids)
+        caches = None if cache is None else (cache.keys, cache.values, cache.length)
         x = self.embed_tokens(tokens, self.dtype)
         x = self.constrain(x, ("batch", "time", "embed"))
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        rope = rope_tables(self.config, positions)
-        (x, caches), _ = self.layers((x, caches), rope, mask, layers)
+        local = jnp.asarray(self.config.local_layers) if self.config.local_layers else None
+        surroundings = self._surroundings(positions, segment_ids, cache)
+        (x, caches), _ = self.layers((x, caches), surroundings, layers, local)
         x = self.norm(x)
         if cache is None or caches is None:
             return x
@@ -220,7 +241,33 @@ class Decoder(nn.Module):
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return the logits of hidden states, accumulated and kept in float32."""
         head = self.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head
-        return self.constrain(head(hidden), ("batch", "time", "vocab"))
+        logits = soft_cap(head(hidden), self.config.final_soft_cap)
+        return self.constrain(logits, ("batch", "time", "vocab"))
+
+    def _surroundings(
+        self,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        cache: KVCache | None,
+    ) -> Surroundings:
+        config = self.config
+        rope, local_rope = rope_tables(config, positions), local_rope_tables(config, positions)
+        if cache is None and self.fused is not None:
+            return Surroundings(rope, local_rope, None, None, segment_ids)
+
+        def visible(window: int) -> Bool[Array, "B 1 T S"]:
+            if cache is not None:
+                return cache_mask(cache, positions.shape[1], window)
+            if segment_ids is not None:
+                return segment_mask(segment_ids, window)
+            return causal_mask(positions.shape[1], window)
+
+        if config.local_layers:
+            masks = visible(0), visible(config.sliding_window)
+        else:
+            plain = cache is None and segment_ids is None
+            masks = (None if plain else visible(0)), None
+        return Surroundings(rope, local_rope, *masks, None)
 
 
 def _default_positions(

@@ -8,6 +8,7 @@ float32 on TPU, TF32 on GPU), and a kernel stored in another dtype is never kept
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -22,7 +23,15 @@ from smoa_jax.adapter.types import SMOA_KEY
 #: Name under which every projection's output is known to ``jax.checkpoint``'s policies.
 PROJECTION = "projection"
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """``cap * tanh(x / cap)`` (Gemma 2, arXiv 2408.00118, section 2); ``x`` itself for cap 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def wide_matmul(
@@ -77,14 +86,19 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square (arXiv 1910.07467), in float32; x's dtype comes back."""
+    """Scale to unit root mean square (arXiv 1910.07467), in float32; x's dtype comes back.
+
+    Gemma stores w and scales by ``offset + w`` with offset 1, so that decay pulls towards one.
+    """
 
     dim: int
     epsilon: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones, (self.dim,)).astype(jnp.float32)
+        start = nn.initializers.constant(1.0 - self.offset)
+        scale = self.offset + self.param("scale", start, (self.dim,)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         scale = scale.reshape((1,) * (x.ndim - 1) + (self.dim,))

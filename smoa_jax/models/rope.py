@@ -7,6 +7,7 @@ The tables are made once for all layers. There is no matrix product whose precis
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from smoa_jax.models.config import DecoderConfig, RopeScaling
+
+#: Cosines and sines, each ``[B, T, 1, H/2]``.
+RopeTables: TypeAlias = tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]
 
 
 def rope_frequencies(head_dim: int, base: float, scaling: RopeScaling) -> Float[np.ndarray, " H/2"]:
@@ -32,19 +36,26 @@ def rope_frequencies(head_dim: int, base: float, scaling: RopeScaling) -> Float[
     return frequencies.astype(np.float32)
 
 
-def rope_tables(
-    config: DecoderConfig, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
+def rope_tables(config: DecoderConfig, positions: Int[Array, "B T"]) -> RopeTables:
     """Return the cosines and sines of every position, ready to broadcast over heads."""
     frequencies = rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+    return _tables(frequencies, positions)
+
+
+def local_rope_tables(config: DecoderConfig, positions: Int[Array, "B T"]) -> RopeTables | None:
+    """Return those of the local layers; None where they turn as the others do."""
+    if not config.local_rope_base:
+        return None
+    frequencies = rope_frequencies(config.head_dim, config.local_rope_base, RopeScaling())
+    return _tables(frequencies, positions)
+
+
+def _tables(frequencies: np.ndarray, positions: jax.Array) -> RopeTables:
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(
-    x: Float[Array, "B T N H"],
-    tables: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]],
-) -> Float[Array, "B T N H"]:
+def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Float[Array, "B T N H"]:
     """Turn each pair (x_i, x_{i + H/2}) by its angle; float32 inside, x's dtype outside."""
     cosine, sine = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

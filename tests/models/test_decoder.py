@@ -12,9 +12,10 @@ import pytest
 
 from smoa_jax.adapter.types import Blocks, LowRank
 from smoa_jax.models import decoder as decoder_module
-from smoa_jax.models.attention import attend, no_constraint
+from smoa_jax.models.attention import Surroundings, attend, causal_mask, no_constraint
 from smoa_jax.models.cache import cache_positions, empty_cache
-from smoa_jax.models.decoder import Decoder, DecoderLayer, abstract_params, init_params, unembedding
+from smoa_jax.models.config import RopeScaling
+from smoa_jax.models.decoder import Decoder, DecoderLayer, abstract_params, init_params
 from smoa_jax.models.layers import RMSNorm
 from smoa_jax.models.rope import rope_tables
 from tests.models import tiny
@@ -38,9 +39,14 @@ def test_the_params_tree_is_the_golden_one(tied):
     assert described(tree) == (GOLDEN / name).read_text()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_described_params_are_those_the_modules_make(tied):
-    model = tiny.model(tie_embeddings=tied)
+def test_the_params_tree_of_gemma_3_is_the_golden_one():
+    tree = abstract_params(tiny.FAMILIES["gemma3"], jnp.bfloat16)
+    assert described(tree) == (GOLDEN / "gemma3.txt").read_text()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_described_params_are_those_the_modules_make(family):
+    model = Decoder(tiny.FAMILIES[family])
     made = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     assert described(made["params"]) == described(abstract_params(model.config))
 
@@ -103,28 +109,56 @@ def test_positions_count():
     assert np.abs(np.asarray(stretched - default)).max() > 1e-2
 
 
-def test_fully_masked_rows_are_finite_forward_and_backward():
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_fully_masked_rows_are_finite_forward_and_backward(cap):
     query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 6))
     mask = jnp.zeros((1, 1, 4, 4), bool).at[:, :, 2:, :].set(True)
 
     def total(query):
-        return attend(query, key, value, mask).sum()
+        return attend(query, key, value, mask, scale=0.4, cap=cap).sum()
 
     assert np.isfinite(total(query))
     assert np.isfinite(jax.grad(total)(query)).all()
 
 
-def test_scanned_equals_unrolled_layers():
-    params, tokens, config = tiny.adapt(tiny.params(), 3, b_std=0.5), tiny.tokens(2, 7), tiny.CONFIG
-    scanned = tiny.apply(tiny.model(), params, tokens)
-    x = params["embed_tokens"]["embedding"][tokens]
-    rope = rope_tables(config, jnp.broadcast_to(jnp.arange(7)[None], (2, 7)))
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_scanned_equals_unrolled_layers(family):
+    config = tiny.FAMILIES[family]
+    params, tokens = tiny.adapt(tiny.params_of(config), 3, b_std=0.5), tiny.tokens(2, 7)
+    model = Decoder(config, dtype=jnp.float32)
+    scanned = tiny.apply(model, params, tokens, method="hidden")
+    x = params["embed_tokens"]["embedding"][tokens] * config.embed_scale
+    positions = jnp.broadcast_to(jnp.arange(7)[None], (2, 7))
     layer = DecoderLayer(config, no_constraint)
     for index in range(config.num_layers):
+        is_local = bool(config.local_layers) and config.local_layers[index]
+        base = config.local_rope_base if is_local else 0.0
+        turned = rope_tables(
+            dataclasses.replace(config, rope_base=base, rope_scaling=RopeScaling())
+            if base
+            else config,
+            positions,
+        )
+        mask = causal_mask(7, config.sliding_window if is_local else 0)
         own = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
-        (x, _), _ = layer.apply({"params": own}, (x, None), rope, None, jnp.asarray(index))
-    x = RMSNorm(config.embed_dim, config.norm_epsilon).apply({"params": params["norm"]}, x)
-    np.testing.assert_allclose(scanned, x @ params["lm_head"]["kernel"], atol=1e-5)
+        around = Surroundings(turned, None, mask, None, None)
+        (x, _), _ = layer.apply({"params": own}, (x, None), around, jnp.asarray(index), None)
+    norm = RMSNorm(config.embed_dim, config.norm_epsilon, config.norm_offset)
+    x = norm.apply({"params": params["norm"]}, x)
+    np.testing.assert_allclose(scanned, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_a_local_layer_sees_its_window_and_no_more(family):
+    config = dataclasses.replace(tiny.FAMILIES[family], num_layers=1, local_layers=(True,))
+    params, tokens = tiny.params_of(config), tiny.tokens(1, 9)
+    changed = tokens.copy()
+    changed[0, 2] = (changed[0, 2] + 1) % 61
+    model = Decoder(config, dtype=jnp.float32)
+    before, after = (np.asarray(tiny.apply(model, params, t)[0]) for t in (tokens, changed))
+    moved = np.abs(before - after).max(axis=-1) > 1e-4
+    last = 2 + config.sliding_window - 1
+    assert moved.tolist() == [2 <= place <= last for place in range(9)]
 
 
 def test_an_adapter_changes_nothing_at_init_and_something_later():
@@ -202,14 +236,8 @@ def test_hidden_and_unembed_make_the_logits():
         hidden = tiny.apply(model, params, tokens, method="hidden")
         logits = tiny.apply(model, params, tokens)
         np.testing.assert_array_equal(tiny.apply(model, params, hidden, method="unembed"), logits)
-        np.testing.assert_allclose(hidden @ unembedding(params), logits, atol=1e-5)
-
-
-def test_an_adapted_head_has_no_plain_kernel_to_hand_out():
-    params = tiny.params()
-    params["lm_head"] = {**params["lm_head"], "smoa": object()}
-    with pytest.raises(ValueError, match="got a modulation on lm_head"):
-        unembedding(params)
+        head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
+        np.testing.assert_allclose(hidden @ head, logits, atol=1e-5)
 
 
 def test_activations_are_constrained_by_their_logical_axes():

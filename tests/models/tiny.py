@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.types import Blocks, LowRank
-from smoa_jax.models.config import DecoderConfig
+from smoa_jax.models.config import DecoderConfig, RopeScaling
 from smoa_jax.models.decoder import Decoder, abstract_params
 
 CONFIG = DecoderConfig(
@@ -29,6 +29,36 @@ CONFIG = DecoderConfig(
 )
 
 
+_GEMMA = {
+    "tie_embeddings": True,
+    "activation": "gelu_tanh",
+    "embed_scale": 20**0.5,
+    "norm_offset": 1.0,
+    "head_dim": 8,
+}
+_GEMMA2 = {
+    **_GEMMA,
+    "post_norms": True,
+    "query_scale": 0.3,
+    "sliding_window": 4,
+    "local_layers": (True, False, True),
+}
+#: One config per family, each with all that the family does otherwise.
+FAMILIES = {
+    "llama": CONFIG,
+    "llama_tied": dataclasses.replace(CONFIG, tie_embeddings=True),
+    "gemma": dataclasses.replace(CONFIG, **_GEMMA),
+    "gemma2": dataclasses.replace(CONFIG, **_GEMMA2, attention_soft_cap=2.0, final_soft_cap=1.0),
+    "gemma3": dataclasses.replace(
+        CONFIG,
+        **_GEMMA2,
+        qk_norm=True,
+        local_rope_base=100.0,
+        rope_scaling=RopeScaling(kind="linear", factor=8.0),
+    ),
+}
+
+
 def config(**changes: Any) -> DecoderConfig:
     return dataclasses.replace(CONFIG, **changes)
 
@@ -38,16 +68,22 @@ def model(**changes: Any) -> Decoder:
 
 
 def params(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """Those of ``CONFIG`` with some changes."""
+    return params_of(config(**changes), seed)
+
+
+def params_of(decoder: DecoderConfig, seed: int = 0) -> dict[str, Any]:
     """Like ``init_params``, drawn by NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if "scale" in str(path[-1]):
-            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+            offset = decoder.norm_offset
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) - offset, jnp.float32)
         inputs = leaf.shape[-1 if "embedding" in str(path[-1]) else -2]
         return jnp.asarray(rng.normal(scale=inputs**-0.5, size=leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(config(**changes)))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(decoder))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "method"))
@@ -93,6 +129,8 @@ def adapt(base: dict[str, Any], seed: int, *, b_std: float, dropout: float = 0.0
     for part in ("self_attn", "mlp"):
         layers[part] = {
             name: {**module, "smoa": node(module["kernel"], name != "q_proj")}
+            if "kernel" in module
+            else module
             for name, module in layers[part].items()
         }
     return {**base, "layers": layers}
