@@ -84,7 +84,7 @@ def check_tensors(reader: TensorReader, slots: Mapping[str, TensorSlot]) -> None
         _check_tied_head(reader)
     elif surplus:
         raise CheckpointError(
-            f"{reader.source}: surplus tensor {listed(surplus)}; expected only what a Llama with "
+            f"{reader.source}: surplus tensor {listed(surplus)}; expected only what a model with "
             "this config computes with, since ignoring weights would change the model"
         )
 

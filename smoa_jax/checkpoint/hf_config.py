@@ -14,30 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from smoa_jax.checkpoint.errors import CheckpointError, listed
-from smoa_jax.models.config import DecoderConfig, RopeScaling
+from smoa_jax.checkpoint.hf_families import FAMILIES, MULTIMODAL, family_of
+from smoa_jax.checkpoint.hf_fields import positive, short, truth, whole
+from smoa_jax.models.config import DecoderConfig
 
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = (*FAMILIES, *MULTIMODAL)
 
-# What transformers' LlamaConfig assumes where a file says nothing.
-_LLAMA_DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-_DEFAULT_ROPE_THETA = 10000.0
-_ROPE_TYPES = ("default", "linear", "llama3")
-
-# Fields that would change the function, with the values under which they don't.
-_MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "quantization_config": (None,),
-    "auto_map": (None, {}),
-}
+_TEXT_CONFIG = "text_config"
 _REMEDIES = {
     "quantization_config": "name the unquantised model",
     "auto_map": "models that need remote code are refused",
@@ -55,38 +38,68 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_multimodal(fields: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` describes a model whose decoder is but a part of it."""
+    return fields.get("model_type") in MULTIMODAL
+
+
+def text_fields(fields: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
+    """The fields of the language model: all of them, or a multimodal model's ``text_config``."""
+    if not is_multimodal(fields):
+        return dict(fields)
+    inner = fields.get(_TEXT_CONFIG)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"{source}: {_TEXT_CONFIG} is {short(inner)}; expected an object")
+    expected = MULTIMODAL[fields["model_type"]]
+    if inner.get("model_type", expected) != expected:
+        raise CheckpointError(
+            f"{source}: {_TEXT_CONFIG} has model_type {inner['model_type']!r}; expected {expected}"
+        )
+    outer = {key: fields[key] for key in ("quantization_config", "auto_map") if key in fields}
+    if fields.get("tie_word_embeddings") is not None:
+        outer["tie_word_embeddings"] = fields["tie_word_embeddings"]
+    for key in outer.keys() & inner.keys():
+        if inner[key] not in (None, outer[key]):
+            raise CheckpointError(
+                f"{source}: {key} is {short(outer[key])} and in {_TEXT_CONFIG} "
+                f"{short(inner[key])}; expected the same in both"
+            )
+    return {**inner, "model_type": expected, **outer}
+
+
 def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
     """The decoder that a ``config.json`` describes.
 
     Args:
         fields: the parsed file.
         source: what to call it in errors.
+
+    Raises:
+        CheckpointError: for a model type or a field that the decoder doesn't implement.
     """
-    _refuse_other_models(fields, source)
-    values = {**_LLAMA_DEFAULTS, **{k: v for k, v in fields.items() if v is not None}}
-    heads = _whole(values, "num_attention_heads", source)
-    embed_dim = _whole(values, "hidden_size", source)
-    if values["hidden_act"] not in ("silu", "swish"):
-        raise CheckpointError(
-            f"{source}: hidden_act is {values['hidden_act']!r}; expected silu, as every Llama has"
-        )
+    _refuse_other_types(fields, source)
+    fields = text_fields(fields, source)
+    family = FAMILIES[fields["model_type"]]
+    _refuse_what_must_be_off(fields, family.must_be_off, source)
+    stated = {key: value for key, value in fields.items() if value is not None}
+    nulls = {key for key in family.nullable if key in fields}
+    values = {k: v for k, v in family.defaults.items() if k not in nulls} | stated
+    heads = whole(values, "num_attention_heads", source)
+    embed_dim = whole(values, "hidden_size", source)
     values = {"num_key_value_heads": heads, "head_dim": embed_dim // heads, **values}
     try:
-        rope_base, rope_scaling = _rope(values, source)
         return DecoderConfig(
-            vocab_size=_whole(values, "vocab_size", source),
+            vocab_size=whole(values, "vocab_size", source),
             embed_dim=embed_dim,
-            num_layers=_whole(values, "num_hidden_layers", source),
+            num_layers=whole(values, "num_hidden_layers", source),
             num_heads=heads,
-            num_kv_heads=_whole(values, "num_key_value_heads", source),
-            head_dim=_whole(values, "head_dim", source),
-            mlp_dim=_whole(values, "intermediate_size", source),
-            max_positions=_whole(values, "max_position_embeddings", source),
-            norm_epsilon=_positive(values, "rms_norm_eps", source),
-            tie_embeddings=_truth(values, "tie_word_embeddings", source),
-            rope_base=rope_base,
-            rope_scaling=rope_scaling,
-            activation="silu",
+            num_kv_heads=whole(values, "num_key_value_heads", source),
+            head_dim=whole(values, "head_dim", source),
+            mlp_dim=whole(values, "intermediate_size", source),
+            max_positions=whole(values, "max_position_embeddings", source),
+            norm_epsilon=positive(values, "rms_norm_eps", source),
+            tie_embeddings=truth(values, "tie_word_embeddings", source),
+            **family.options(values, source),
         )
     except CheckpointError:
         raise
@@ -105,30 +118,47 @@ def config_to_hf(
             they describe another model than ``config``.
         dtype: how the weights are stored.
     """
-    if base:
-        described = config_from_hf(base, "hf_config")
-        different = [
-            field.name
-            for field in dataclasses.fields(config)
-            if getattr(config, field.name) != getattr(described, field.name)
-        ]
-        if different:
-            raise ValueError(
-                f"got an hf_config that differs from the model's config in {listed(different)}; "
-                "expected the config of the model that the weights belong to"
-            )
-        fields = dict(base)
-    else:
-        fields = _fields_of(config)
+    fields = dict(base) if base else _fields_of(config)
+    described = config_from_hf(fields, "hf_config")
+    different = [
+        field.name
+        for field in dataclasses.fields(config)
+        if not _same(getattr(config, field.name), getattr(described, field.name))
+    ]
+    if different and base:
+        raise ValueError(
+            f"got an hf_config that differs from the model's config in {listed(different)}; "
+            "expected the config of the model that the weights belong to"
+        )
+    if different:
+        raise ValueError(
+            f"got a decoder whose {listed(different)} no {fields['model_type']} has; expected "
+            "options that a model type of transformers stands for; give the source's hf_config"
+        )
+    if is_multimodal(fields):
+        fields[_TEXT_CONFIG] = _with_dtype(fields[_TEXT_CONFIG], dtype, always=False)
+    return _with_dtype(fields, dtype, always=True)
+
+
+def _with_dtype(fields: Mapping[str, Any], dtype: str, *, always: bool) -> dict[str, Any]:
     keys = [key for key in ("dtype", "torch_dtype") if key in fields]
-    return {**fields, **dict.fromkeys(keys or ["torch_dtype"], dtype)}
+    if always and not keys:
+        keys = ["torch_dtype"]
+    return {**fields, **dict.fromkeys(keys, dtype)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= 1e-12 * max(abs(one), abs(other))
+    return one == other
 
 
 def _fields_of(config: DecoderConfig) -> dict[str, Any]:
-    # rope_theta, not rope_parameters: transformers 4 and 5 and most other readers know it.
+    model_type = family_of(config)
+    family = FAMILIES[model_type]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
@@ -136,116 +166,29 @@ def _fields_of(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": config.activation,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_base,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
-        "mlp_bias": False,
-        **rope_scaling_fields(config.rope_scaling),
+        **family.fields(config),
     }
 
 
-def _refuse_other_models(fields: Mapping[str, Any], source: str) -> None:
+def _refuse_other_types(fields: Mapping[str, Any], source: str) -> None:
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
             f"{source}: model_type is {model_type!r}; expected one of {', '.join(MODEL_TYPES)}"
         )
-    for key, off in _MUST_BE_OFF.items():
+
+
+def _refuse_what_must_be_off(
+    fields: Mapping[str, Any], must_be_off: Mapping[str, tuple[Any, ...]], source: str
+) -> None:
+    for key, off in must_be_off.items():
         value = fields.get(key)
         if value not in off:
             remedy = _REMEDIES.get(key, "the decoder doesn't implement it")
             raise CheckpointError(
-                f"{source}: {key} is {_short(value)}; expected {_short(off[0])} or none: {remedy}"
+                f"{source}: {key} is {short(value)}; expected {short(off[0])} or none: {remedy}"
             )
-
-
-def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, RopeScaling]:
-    """The base and the scaling, wherever the file says them; an error where it contradicts itself.
-
-    Newer ``rope_parameters`` hold both; older ``rope_scaling`` stands beside ``rope_theta``.
-    """
-    bases, scalings = {}, {}
-    if fields.get("rope_theta") is not None:
-        bases["rope_theta"] = _positive(fields, "rope_theta", source)
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(key)
-        if rope is None or rope == {}:
-            continue
-        if not isinstance(rope, Mapping):
-            raise CheckpointError(f"{source}: {key} is {_short(rope)}; expected an object")
-        scalings[key] = _rope_scaling(rope, fields["max_position_embeddings"], f"{source}: {key}")
-        if rope.get("rope_theta") is not None:
-            bases[key] = _positive(rope, "rope_theta", f"{source}: {key}")
-    for values in (bases, scalings):
-        if len(set(values.values())) > 1:
-            raise CheckpointError(
-                f"{source}: {listed(values)} contradict each other; expected the same rotary "
-                "embedding in each: remove the wrong one"
-            )
-    base = next(iter(bases.values()), _DEFAULT_ROPE_THETA)
-    return base, next(iter(scalings.values()), RopeScaling())
-
-
-def _rope_scaling(rope: Mapping[str, Any], max_positions: int, where: str) -> RopeScaling:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        raise CheckpointError(
-            f"{where} has rope_type {_short(kind)}; expected one of {', '.join(_ROPE_TYPES)}"
-        )
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise CheckpointError(f"{where} rotates a part of each head; expected all of it")
-    if kind == "default":
-        return RopeScaling()
-    factor = _positive(rope, "factor", where)
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
-    original = {"original_max_position_embeddings": max_positions, **rope}
-    return RopeScaling(
-        kind="llama3",
-        factor=factor,
-        low_freq_factor=_positive(rope, "low_freq_factor", where),
-        high_freq_factor=_positive(rope, "high_freq_factor", where),
-        original_max_positions=_whole(original, "original_max_position_embeddings", where),
-    )
-
-
-def rope_scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
-    """The ``rope_scaling`` entry of a ``config.json``; {} for none."""
-    if scaling.kind == "none":
-        return {}
-    entry: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        entry["low_freq_factor"] = scaling.low_freq_factor
-        entry["high_freq_factor"] = scaling.high_freq_factor
-        entry["original_max_position_embeddings"] = scaling.original_max_positions
-    return {"rope_scaling": entry}
-
-
-def _whole(values: Mapping[str, Any], key: str, source: str) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        got = "missing" if value is None else _short(value)
-        raise CheckpointError(f"{source}: {key} is {got}; expected a whole number above 0")
-    return value
-
-
-def _positive(values: Mapping[str, Any], key: str, source: str) -> float:
-    value = values.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise CheckpointError(f"{source}: {key} is {_short(value)}; expected a number above 0")
-    return float(value)
-
-
-def _truth(values: Mapping[str, Any], key: str, source: str) -> bool:
-    value = values.get(key)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{source}: {key} is {_short(value)}; expected true or false")
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

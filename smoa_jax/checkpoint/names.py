@@ -56,30 +56,46 @@ def _layer_rule(module: str, gguf_module: str, leaf: str) -> NameRule:
     )
 
 
-#: In the order in which a Llama runs, which is also the order of an exported file.
-NAME_RULES: tuple[NameRule, ...] = (
-    NameRule(
-        name="model.embed_tokens.weight",
-        gguf_name="token_embd.weight",
-        path=("embed_tokens", "embedding"),
-    ),
-    _layer_rule("input_layernorm", "attn_norm", "scale"),
-    _layer_rule("self_attn.q_proj", "attn_q", "kernel"),
-    _layer_rule("self_attn.k_proj", "attn_k", "kernel"),
-    _layer_rule("self_attn.v_proj", "attn_v", "kernel"),
-    _layer_rule("self_attn.o_proj", "attn_output", "kernel"),
-    _layer_rule("post_attention_layernorm", "ffn_norm", "scale"),
-    _layer_rule("mlp.gate_proj", "ffn_gate", "kernel"),
-    _layer_rule("mlp.up_proj", "ffn_up", "kernel"),
-    _layer_rule("mlp.down_proj", "ffn_down", "kernel"),
-    NameRule(name="model.norm.weight", gguf_name="output_norm.weight", path=("norm", "scale")),
-    NameRule(
-        name="lm_head.weight",
-        gguf_name="output.weight",
-        path=("lm_head", "kernel"),
-        transpose=True,
-    ),
-)
+def name_rules(*, post_norms: bool) -> tuple[NameRule, ...]:
+    """The table of a model with or without post-norms, in the order in which it runs.
+
+    Hugging Face calls Llama's second norm and Gemma 2's norm of what attention gives by the same
+    name; GGUF tells them apart.
+    """
+    before_mlp = _layer_rule("pre_feedforward_layernorm", "ffn_norm", "scale")
+    after_mlp = _layer_rule("post_feedforward_layernorm", "post_ffw_norm", "scale")
+    after_attention = "post_attention_norm" if post_norms else "ffn_norm"
+    return (
+        NameRule(
+            name="model.embed_tokens.weight",
+            gguf_name="token_embd.weight",
+            path=("embed_tokens", "embedding"),
+        ),
+        _layer_rule("input_layernorm", "attn_norm", "scale"),
+        _layer_rule("self_attn.q_proj", "attn_q", "kernel"),
+        _layer_rule("self_attn.k_proj", "attn_k", "kernel"),
+        _layer_rule("self_attn.v_proj", "attn_v", "kernel"),
+        _layer_rule("self_attn.q_norm", "attn_q_norm", "scale"),
+        _layer_rule("self_attn.k_norm", "attn_k_norm", "scale"),
+        _layer_rule("self_attn.o_proj", "attn_output", "kernel"),
+        _layer_rule("post_attention_layernorm", after_attention, "scale"),
+        *((before_mlp,) if post_norms else ()),
+        _layer_rule("mlp.gate_proj", "ffn_gate", "kernel"),
+        _layer_rule("mlp.up_proj", "ffn_up", "kernel"),
+        _layer_rule("mlp.down_proj", "ffn_down", "kernel"),
+        *((after_mlp,) if post_norms else ()),
+        NameRule(name="model.norm.weight", gguf_name="output_norm.weight", path=("norm", "scale")),
+        NameRule(
+            name="lm_head.weight",
+            gguf_name="output.weight",
+            path=("lm_head", "kernel"),
+            transpose=True,
+        ),
+    )
+
+
+#: Every row, for whom GGUF's names don't matter.
+NAME_RULES: tuple[NameRule, ...] = name_rules(post_norms=True)
 
 EMBEDDING_NAME = NAME_RULES[0].name
 HEAD_NAME = NAME_RULES[-1].name
@@ -93,9 +109,9 @@ def is_harmless(name: str) -> bool:
     return _HARMLESS.fullmatch(name) is not None
 
 
-def name_of_gguf(gguf_name: str) -> str | None:
+def name_of_gguf(gguf_name: str, *, post_norms: bool) -> str | None:
     """The Hugging Face name of a GGUF tensor, or None for one that the table doesn't know."""
-    for rule in NAME_RULES:
+    for rule in name_rules(post_norms=post_norms):
         pattern = re.escape(rule.gguf_name).replace(re.escape("{layer}"), r"(\d+)")
         if match := re.fullmatch(pattern, gguf_name):
             return rule.name.format(layer=int(match.group(1))) if match.groups() else rule.name
@@ -131,14 +147,15 @@ def tensor_slots(params: Mapping[str, Any]) -> dict[str, TensorSlot]:
     such as the modulation of an adapter that has not been merged.
     """
     leaves = flatten_tree(params)
-    rules = {rule.path: rule for rule in NAME_RULES}
+    post_norms = any("pre_feedforward_layernorm" in path for path in leaves)
+    rules = {rule.path: rule for rule in name_rules(post_norms=post_norms)}
     unknown = ["/".join(path) for path in leaves if path not in rules]
     if unknown:
         raise ValueError(
             f"got a params tree with {listed(unknown)}, which no Hugging Face tensor stands for; "
-            "expected a plain Llama tree: merge the adapter first"
+            "expected a plain tree of the decoder: merge the adapter first"
         )
-    present = [rule for rule in NAME_RULES if rule.path in leaves]
+    present = [rule for rule in rules.values() if rule.path in leaves]
     depths = {leaves[rule.path].shape[0] for rule in present if rule.path[0] == LAYERS_KEY}
     if len(depths) > 1:
         raise ValueError(f"got stacks of {sorted(depths)} layers; expected one number for all")

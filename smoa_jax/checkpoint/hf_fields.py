@@ -1,0 +1,114 @@
+"""Fields of a ``config.json``, read one by one; each error names file, field and value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.models.config import RopeScaling
+
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def read_rope(
+    fields: Mapping[str, Any], source: str, default_theta: float = 10000.0
+) -> tuple[float, RopeScaling]:
+    """The base and the scaling, wherever the file says them; an error where it contradicts itself.
+
+    Newer ``rope_parameters`` hold both; older ``rope_scaling`` stands beside ``rope_theta``.
+    """
+    bases, scalings = {}, {}
+    if fields.get("rope_theta") is not None:
+        bases["rope_theta"] = positive(fields, "rope_theta", source)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(key)
+        if rope is None or rope == {}:
+            continue
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"{source}: {key} is {short(rope)}; expected an object")
+        scalings[key] = read_rope_scaling(
+            rope, fields["max_position_embeddings"], f"{source}: {key}"
+        )
+        if rope.get("rope_theta") is not None:
+            bases[key] = positive(rope, "rope_theta", f"{source}: {key}")
+    for values in (bases, scalings):
+        if len(set(values.values())) > 1:
+            raise CheckpointError(
+                f"{source}: {listed(values)} contradict each other; expected the same rotary "
+                "embedding in each: remove the wrong one"
+            )
+    base = next(iter(bases.values()), default_theta)
+    return base, next(iter(scalings.values()), RopeScaling())
+
+
+def read_rope_scaling(rope: Mapping[str, Any], max_positions: int, where: str) -> RopeScaling:
+    """The scaling that one entry describes, newer or older."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:
+        raise CheckpointError(
+            f"{where} has rope_type {short(kind)}; expected one of {', '.join(_ROPE_TYPES)}"
+        )
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise CheckpointError(f"{where} rotates a part of each head; expected all of it")
+    if kind == "default":
+        return RopeScaling()
+    factor = positive(rope, "factor", where)
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    original = {"original_max_position_embeddings": max_positions, **rope}
+    return RopeScaling(
+        kind="llama3",
+        factor=factor,
+        low_freq_factor=positive(rope, "low_freq_factor", where),
+        high_freq_factor=positive(rope, "high_freq_factor", where),
+        original_max_positions=whole(original, "original_max_position_embeddings", where),
+    )
+
+
+def rope_scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
+    """The ``rope_scaling`` entry of a ``config.json``; {} for none."""
+    if scaling.kind == "none":
+        return {}
+    entry: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        entry["low_freq_factor"] = scaling.low_freq_factor
+        entry["high_freq_factor"] = scaling.high_freq_factor
+        entry["original_max_position_embeddings"] = scaling.original_max_positions
+    return {"rope_scaling": entry}
+
+
+def whole(values: Mapping[str, Any], key: str, source: str) -> int:
+    """The whole number above 0 under ``key``."""
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        got = "missing" if value is None else short(value)
+        raise CheckpointError(f"{source}: {key} is {got}; expected a whole number above 0")
+    return value
+
+
+def positive(values: Mapping[str, Any], key: str, source: str) -> float:
+    """The number above 0 under ``key``."""
+    value = values.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise CheckpointError(f"{source}: {key} is {short(value)}; expected a number above 0")
+    return float(value)
+
+
+def optional_positive(values: Mapping[str, Any], key: str, source: str) -> float:
+    """Likewise; 0 where it is null or absent."""
+    return 0.0 if values.get(key) is None else positive(values, key, source)
+
+
+def truth(values: Mapping[str, Any], key: str, source: str) -> bool:
+    """The boolean under ``key``."""
+    value = values.get(key)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{source}: {key} is {short(value)}; expected true or false")
+    return value
+
+
+def short(value: object) -> str:
+    """A value as errors show it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
