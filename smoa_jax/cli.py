@@ -3,7 +3,7 @@
     smoa train     --config FILE [--section.key VALUE ...] [--resume | --overwrite]
     smoa evaluate  --config FILE [...] --adapter DIR
     smoa generate  --model PATH [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
-    smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | peft]
+    smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
     smoa inspect   --model PATH [--adapter DIR] [--plot FILE.png]
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2.
@@ -26,7 +26,7 @@ _DESCRIPTIONS = {
     "train": "Fine-tune a model with an adapter, as a configuration file says.",
     "evaluate": "Score a trained adapter: held-out loss, and answers by free generation.",
     "generate": "Continue prompts with a model, adapted or not.",
-    "export": "Write a merged Hugging Face directory, or an adapter that PEFT opens.",
+    "export": "Write a merged Hugging Face or Orbax directory, or an adapter that PEFT opens.",
     "inspect": "Show what an adapter touches and, once trained, the spectrum of its updates.",
 }
 

@@ -7,6 +7,7 @@ help, its return value the exit status.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config
 from smoa_jax.checkpoint.base import BaseModel, abstract_base, load_base
 from smoa_jax.checkpoint.hf_export import export_huggingface
+from smoa_jax.checkpoint.orbax_export import export_orbax
 from smoa_jax.checkpoint.peft_files import export_peft
 from smoa_jax.data.config import build_data
 from smoa_jax.data.encode import encode_prompt
@@ -177,7 +179,7 @@ def export(
     model: str,
     adapter: str,
     output: str,
-    format: Literal["huggingface", "peft"] = "huggingface",
+    format: Literal["huggingface", "orbax", "peft"] = "huggingface",
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
@@ -188,9 +190,9 @@ def export(
         model: The base it was trained on: Hugging Face directory or GGUF file.
         adapter: Adapter directory.
         output: Directory to write; must not hold anything.
-        format: huggingface: a merged model; peft: an adapter for PEFT.
+        format: huggingface, orbax: a merged model; peft: an adapter for PEFT.
         dtype: Of the merged weights; the merge itself is in float32.
-        max_shard_bytes: Largest file of a merged model.
+        max_shard_bytes: Largest file of a merged Hugging Face model.
         overwrite: Replace what output holds.
     """
     base, params = _load(model, adapter, jnp.float32)
@@ -214,7 +216,10 @@ def export(
             "--dtype float32 keeps it, or serve the adapter unmerged",
             style="yellow",
         )
-    export_huggingface(
+    write = functools.partial(export_huggingface, max_shard_bytes=max_shard_bytes)
+    if format == "orbax":
+        write = export_orbax
+    write(
         merge_smoa(params, target),
         base.config,
         output,
@@ -222,7 +227,6 @@ def export(
         hf_config=base.hf_config,
         generation_config=base.generation_config,
         tokenizer=load_tokenizer(model),
-        max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
     _console.print(f"merged model: {output}")
