@@ -23,6 +23,7 @@ from smoa_jax.adapter.tree import strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config
 from smoa_jax.checkpoint.base import BaseModel, abstract_base, load_base
+from smoa_jax.checkpoint.hf_config import is_multimodal
 from smoa_jax.checkpoint.hf_export import export_huggingface
 from smoa_jax.checkpoint.orbax_export import export_orbax
 from smoa_jax.checkpoint.peft_files import export_peft
@@ -216,7 +217,11 @@ def export(
             "--dtype float32 keeps it, or serve the adapter unmerged",
             style="yellow",
         )
-    write = functools.partial(export_huggingface, max_shard_bytes=max_shard_bytes)
+    write = functools.partial(
+        export_huggingface,
+        max_shard_bytes=max_shard_bytes,
+        multimodal_source=base.source if is_multimodal(base.hf_config) else None,
+    )
     if format == "orbax":
         write = export_orbax
     write(

@@ -8,6 +8,7 @@ downstream asks where the weights came from. No torch, no pickle, no remote code
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -16,15 +17,16 @@ from jax.typing import DTypeLike
 
 from smoa_jax.checkpoint.assemble import TensorReader, assemble, check_tensors, fingerprint
 from smoa_jax.checkpoint.errors import CheckpointError, listed
-from smoa_jax.checkpoint.hf_config import config_from_hf
+from smoa_jax.checkpoint.hf_config import config_from_hf, is_multimodal
 from smoa_jax.checkpoint.huggingface import (
     CONFIG_FILE,
     download,
     is_hub_name,
     read_configs,
 )
+from smoa_jax.checkpoint.multimodal import TextPart
 from smoa_jax.checkpoint.names import tensor_slots
-from smoa_jax.checkpoint.safetensors_files import open_directory
+from smoa_jax.checkpoint.safetensors_files import SafetensorsFiles, open_directory
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import abstract_params
 
@@ -82,7 +84,7 @@ def load_base(
     _check_dtype(dtype)
     found = _locate(path, weights=True)
     abstract, gguf_file = _describe(found, dtype)
-    reader: TensorReader = open_directory(found) if gguf_file is None else gguf_file
+    reader: TensorReader = gguf_file or open_tensors(found, abstract.hf_config)
     slots = tensor_slots(abstract.params)
     check_tensors(reader, slots)
     params = assemble(reader, abstract.params, shardings)
@@ -97,6 +99,12 @@ def abstract_base(path: str | Path, dtype: DTypeLike = jnp.float32) -> AbstractB
     """
     _check_dtype(dtype)
     return _describe(_locate(path, weights=False), dtype)[0]
+
+
+def open_tensors(directory: Path, hf_config: Mapping[str, Any]) -> SafetensorsFiles | TextPart:
+    """The tensors of a Hugging Face directory's decoder, be it a part of the model or all of it."""
+    files = open_directory(directory)
+    return TextPart(files) if is_multimodal(hf_config) else files
 
 
 def _describe(found: Path, dtype: DTypeLike) -> tuple[AbstractBase, GgufFile | None]:

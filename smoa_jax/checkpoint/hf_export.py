@@ -7,7 +7,9 @@ target holds a whole model or none, whenever the process is killed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from smoa_jax.checkpoint.directories import replaced_directory
+from smoa_jax.checkpoint.hf_config import is_multimodal
 from smoa_jax.checkpoint.huggingface import CONFIG_FILE
 from smoa_jax.checkpoint.model_files import (
     TokenizerWriter,
@@ -24,8 +27,9 @@ from smoa_jax.checkpoint.model_files import (
     plan_files,
     write_json,
 )
+from smoa_jax.checkpoint.multimodal import TextPart, processor_files
 from smoa_jax.checkpoint.names import TensorSlot, flatten_tree
-from smoa_jax.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE
+from smoa_jax.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, open_directory
 from smoa_jax.models.config import DecoderConfig
 
 
@@ -39,6 +43,7 @@ def export_huggingface(
     generation_config: Mapping[str, Any] | None = None,
     tokenizer: TokenizerWriter | None = None,
     tokenizer_files: Sequence[str | Path] = (),
+    multimodal_source: str | Path | None = None,
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
 ) -> Path:
@@ -58,6 +63,8 @@ def export_huggingface(
         generation_config: the source's own; None writes the token ids of ``hf_config``.
         tokenizer: an object with ``save_pretrained``, or a function of the directory.
         tokenizer_files: files to copy beside the weights.
+        multimodal_source: directory of the multimodal model that ``hf_config`` describes and the
+            params are the decoder of: they go where they stood, and all else is copied from there.
         max_shard_bytes: a larger tensor gets a file of its own.
         overwrite: replace an exported model; any other non-empty directory is refused still.
 
@@ -67,6 +74,9 @@ def export_huggingface(
     target = Path(directory).expanduser()
     if max_shard_bytes < 1:
         raise ValueError(f"got max_shard_bytes {max_shard_bytes}; expected at least 1")
+    whole = _open_whole(hf_config, multimodal_source)
+    if whole is not None:
+        tokenizer_files = [*tokenizer_files, *processor_files(Path(whole.source))]
     files = plan_files(
         config,
         dtype,
@@ -77,55 +87,98 @@ def export_huggingface(
         reserved=(INDEX_FILE, SINGLE_FILE),
     )
     slots = check_params(params, config)
+    pieces = _pieces(params, slots, np.dtype(jnp.dtype(dtype)), whole)
     with replaced_directory(
         target, marker=CONFIG_FILE, what="an exported model", overwrite=overwrite
     ) as draft:
-        _write_weights(params, slots, draft, np.dtype(jnp.dtype(dtype)), max_shard_bytes)
+        _write_weights(pieces, draft, max_shard_bytes)
         files.write(draft)
     return target
 
 
-def _write_weights(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One tensor to be written: made when its file is, so that the host holds one file's."""
+
+    name: str
+    num_values: int
+    num_bytes: int
+    make: Callable[[], np.ndarray]
+
+
+def _open_whole(hf_config: Mapping[str, Any] | None, source: str | Path | None) -> TextPart | None:
+    multimodal = hf_config is not None and is_multimodal(hf_config)
+    if multimodal != (source is not None):
+        raise ValueError(
+            f"got {'a' if multimodal else 'no'} multimodal hf_config and multimodal_source "
+            f"{source}; expected the directory of a multimodal model with its own hf_config, and "
+            "neither for a text model; give both or none"
+        )
+    return None if source is None else TextPart(open_directory(Path(source)))
+
+
+def _pieces(
     params: Mapping[str, Any],
     slots: Mapping[str, TensorSlot],
-    directory: Path,
     dtype: np.dtype,
-    max_shard_bytes: int,
-) -> None:
+    whole: TextPart | None,
+) -> list[_Piece]:
+    """All tensors in the order of the files: the decoder's, then those that are copied."""
     leaves = flatten_tree(params)
-    shards = _plan_shards(slots, dtype.itemsize, max_shard_bytes)
+    pieces = []
+    for name, slot in slots.items():
+        count = int(np.prod(slot.shape, dtype=np.int64))
+        pieces.append(
+            _Piece(
+                name=name if whole is None else whole.stored_names[name],
+                num_values=count,
+                num_bytes=count * dtype.itemsize,
+                make=functools.partial(_tensor, leaves, slot, dtype),
+            )
+        )
+    if whole is None:
+        return pieces
+    copied = [
+        _Piece(
+            name=name,
+            num_values=whole.other_size(name),
+            num_bytes=whole.other_bytes(name),
+            make=functools.partial(whole.read_other, name),
+        )
+        for name in whole.others
+    ]
+    return pieces + copied
+
+
+def _write_weights(pieces: Sequence[_Piece], directory: Path, max_shard_bytes: int) -> None:
+    shards = _plan_shards(pieces, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _tensor(leaves, slots[name], dtype) for name in names}
+        tensors = {piece.name: piece.make() for piece in shard}
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
+        weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
-        total = sum(_num_values(slot) for slot in slots.values())
-        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
+        metadata = {
+            "total_parameters": sum(piece.num_values for piece in pieces),
+            "total_size": sum(piece.num_bytes for piece in pieces),
+        }
         write_json(directory / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
-def _plan_shards(
-    slots: Mapping[str, TensorSlot], item_bytes: int, max_shard_bytes: int
-) -> list[list[str]]:
-    """The names of each shard, in order; a shard is closed before it would grow too large."""
-    shards: list[list[str]] = []
+def _plan_shards(pieces: Sequence[_Piece], max_shard_bytes: int) -> list[list[_Piece]]:
+    """The tensors of each file, in order; a file is closed before it would grow too large."""
+    shards: list[list[_Piece]] = []
     room = -1
-    for name, slot in slots.items():
-        size = _num_values(slot) * item_bytes
-        if room < size:
+    for piece in pieces:
+        if room < piece.num_bytes:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
+        shards[-1].append(piece)
+        room -= piece.num_bytes
     return shards
-
-
-def _num_values(slot: TensorSlot) -> int:
-    return int(np.prod(slot.shape, dtype=np.int64))
 
 
 def _tensor(leaves: Mapping[Any, Any], slot: TensorSlot, dtype: np.dtype) -> np.ndarray:

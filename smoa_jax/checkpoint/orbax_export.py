@@ -30,6 +30,7 @@ from orbax.checkpoint._src.serialization.types import (  # Orbax shows no public
 )
 
 from smoa_jax.checkpoint.directories import replaced_directory
+from smoa_jax.checkpoint.hf_config import text_fields
 from smoa_jax.checkpoint.model_files import TokenizerWriter, check_params, plan_files
 from smoa_jax.models.config import DecoderConfig
 
@@ -65,7 +66,8 @@ def export_orbax(
         config: Its decoder.
         directory: To be made; refused if it holds anything, unless ``overwrite``.
         dtype: Of the weights on disk, float32 or bfloat16.
-        hf_config: The source's own ``config.json``, kept whole except for the dtype.
+        hf_config: The source's own ``config.json``, kept whole except for the dtype; of a
+            multimodal model, the part that describes the decoder.
         generation_config: The source's own; None writes the token ids of ``hf_config``.
         tokenizer: An object with ``save_pretrained``, or a function of the directory.
         tokenizer_files: Files to copy beside the weights.
@@ -82,7 +84,7 @@ def export_orbax(
     files = plan_files(
         config,
         dtype,
-        hf_config=hf_config,
+        hf_config=None if hf_config is None else text_fields(hf_config),
         generation_config=generation_config,
         tokenizer=tokenizer,
         tokenizer_files=tokenizer_files,

@@ -71,6 +71,11 @@ class SafetensorsFiles:
             )
         return self._slices[name][index]
 
+    def size(self, name: str) -> int:
+        """Bytes of a tensor on disk."""
+        _, begin, end = self._spans[name]
+        return end - begin
+
     def ends(self, name: str, size: int) -> tuple[bytes, bytes]:
         path, begin, end = self._spans[name]
         with path.open("rb") as file:

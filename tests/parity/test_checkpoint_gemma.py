@@ -6,16 +6,21 @@ Each option has a negative control: the same weights read without it must give o
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from smoa_jax.checkpoint.base import load_base
+from smoa_jax.checkpoint.hf_export import export_huggingface
 from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig, generate
 from tests.parity.test_checkpoint_llama import (
+    TOKENS,
     difference,
     our_logits,
     torch_logits,
@@ -188,3 +193,117 @@ def test_prompts_of_several_lengths_in_one_batch_equal_transformers_one_by_one(t
             pad_token_id=0,
         )
         assert np.asarray(made.tokens)[row].tolist() == wanted[0, length:].tolist()
+
+
+def scaled(params):
+    """Other weights of the same model, as training would give."""
+    return jax.tree.map(lambda leaf: leaf * 1.1, params)
+
+
+@pytest.mark.parametrize("from_source", [True, False])
+@pytest.mark.parametrize(
+    "option",
+    ["gemma-rope_base", "gemma2-soft_cap", "gemma2-window", "gemma3-linear_rope", "gemma3-untied"],
+)
+def test_an_exported_model_is_opened_by_transformers(tmp_path, option, from_source):
+    family, options, _ = OPTIONS[option]
+    model = torch_model(family, **options)
+    model.save_pretrained(tmp_path / "source")
+    base = load_base(tmp_path / "source")
+    changed = scaled(base.params)
+    export_huggingface(
+        changed,
+        base.config,
+        tmp_path / "out",
+        dtype=jnp.float32,
+        hf_config=base.hf_config if from_source else None,
+        generation_config=base.generation_config if from_source else None,
+        max_shard_bytes=30_000,
+    )
+    opened = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
+    assert type(opened) is type(model)
+    assert difference(torch_logits(opened), our_logits(changed, base.config)) < 1e-4
+    assert difference(torch_logits(opened), torch_logits(model)) > 1e-2
+    tied = opened.lm_head.weight is opened.model.embed_tokens.weight
+    assert tied == base.config.tie_embeddings
+
+
+def multimodal_model(seed: int = 0):
+    torch.manual_seed(seed)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    config = transformers.Gemma3Config(
+        text_config={**SIZES, **WINDOWS, "rope_parameters": {k: dict(v) for k, v in ROPE3.items()}},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=93,
+        boi_token_index=94,
+        eoi_token_index=95,
+        attn_implementation="eager",
+    )
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_multimodal_model_goes_back_where_it_was(tmp_path, layout):
+    model = multimodal_model()
+    model.save_pretrained(tmp_path / "source", max_shard_size="40KB")
+    if layout.startswith("model."):
+        renamed = {
+            name.replace("language_model.model.", layout): tensor
+            for file in (tmp_path / "source").glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for file in (tmp_path / "source").glob("*.safetensors*"):
+            file.unlink()
+        save_file(renamed, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "source" / "preprocessor_config.json").write_text('{"size": 28}')
+    base = load_base(tmp_path / "source")
+    text = torch.tensor(TOKENS % 90)  # none of the image's own tokens
+    with torch.no_grad():
+        wanted = model(text).logits.numpy()
+    ours = Decoder(base.config, dtype=jnp.float32).apply({"params": base.params}, TOKENS % 90)
+    assert difference(np.asarray(ours), wanted) < 1e-4
+    export_huggingface(
+        scaled(base.params),
+        base.config,
+        tmp_path / "out",
+        dtype=jnp.float32,
+        hf_config=base.hf_config,
+        multimodal_source=base.source,
+        max_shard_bytes=40_000,
+    )
+    names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert any(name.startswith(layout) for name in names["weight_map"])
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 28}'
+    opened = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
+    assert type(opened) is type(model)
+    with torch.no_grad():
+        got = opened(text).logits.numpy()
+    changed = Decoder(base.config, dtype=jnp.float32).apply(
+        {"params": scaled(base.params)}, TOKENS % 90
+    )
+    assert difference(got, np.asarray(changed)) < 1e-4
+    before = {k: v for k, v in model.state_dict().items() if "vision" in k or "projector" in k}
+    after = opened.state_dict()
+    assert before
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    with pytest.raises(ValueError, match="expected the directory of a multimodal model"):
+        export_huggingface(
+            base.params,
+            base.config,
+            tmp_path / "lost",
+            dtype=jnp.float32,
+            hf_config=base.hf_config,
+        )
