@@ -85,8 +85,10 @@ def test_a_token_sees_nothing_after_itself():
     assert np.abs(np.asarray(before - after))[5:].max(axis=-1).min() > 1e-3
 
 
-def test_packed_segments_equal_separate_rows():
-    model, params = tiny.model(), tiny.params()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_packed_segments_equal_separate_rows(family):
+    model = Decoder(tiny.FAMILIES[family], dtype=jnp.float32)
+    params = tiny.params_of(model.config)
     tokens = tiny.tokens(1, 9)
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
     packed = tiny.apply(model, params, tokens, segment_ids=segments)[0]

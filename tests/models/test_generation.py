@@ -13,6 +13,7 @@ import pytest
 from smoa_jax.models import generation
 from smoa_jax.models.beam import beam_search
 from smoa_jax.models.cache import empty_cache
+from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig, generate, prompt_bucket
 from smoa_jax.models.sampling import is_any_of, sample, truncated_logits
 from tests.models import tiny
@@ -44,8 +45,11 @@ def rows(result) -> list[list[int]]:
     ]
 
 
-def test_greedy_equals_the_uncached_model():
-    model, params = tiny.model(), tiny.adapt(tiny.params(), 3, b_std=0.3)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_greedy_equals_the_uncached_model(family):
+    config = tiny.FAMILIES[family]
+    model = Decoder(config, dtype=jnp.float32)
+    params = tiny.adapt(tiny.params_of(config), 3, b_std=0.3)
     result = generate(model, params, PROMPTS, LENGTHS, GREEDY)
     expected = [
         greedy_reference(model, params, list(line[:length]), GREEDY)
