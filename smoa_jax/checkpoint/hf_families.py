@@ -283,7 +283,7 @@ FAMILIES: dict[str, Family] = {
         must_be_off={**_SHARED_OFF, **_CAUSAL},
         options=_gemma2_options,
         fields=_gemma2_fields,
-        nullable=("attn_logit_softcapping", "final_logit_softcapping"),
+        nullable=("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"),
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
@@ -297,6 +297,7 @@ FAMILIES: dict[str, Family] = {
         must_be_off={**_SHARED_OFF, **_CAUSAL, "attn_logit_softcapping": (None,)},
         options=_gemma3_options,
         fields=_gemma3_fields,
+        nullable=("sliding_window",),
     ),
 }
 #: Multimodal model types whose text part is one of the families.
