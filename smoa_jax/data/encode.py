@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from smoa_jax.data.pieces import encode_pieces
 from smoa_jax.data.rows import AnyRow, BadRowError, OnBadRow, Row, question_of, reference_of
 from smoa_jax.data.templates import Rendered, Template
 from smoa_jax.data.tokenizer import SpecialIds, special_ids
@@ -90,7 +91,7 @@ def encode_rows(
     ids = special_ids(tokenizer)
     rendered, counts = _render(rows, template, on_bad_row)
     counts.update(prompt_too_long=0, responses_truncated=0)
-    texts = _tokenize(tokenizer, [[piece.text for piece in item.full] for _, item in rendered])
+    texts = encode_pieces(tokenizer, [[piece.text for piece in item.full] for _, item in rendered])
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     for (_, item), pieces in zip(rendered, texts, strict=True):
         tokens, trained = _join(item, pieces, ids)
@@ -133,7 +134,9 @@ def encode_questions(
     ids = special_ids(tokenizer)
     rendered, counts = _render(rows, template, on_bad_row)
     counts.update(prompt_too_long=0)
-    texts = _tokenize(tokenizer, [[piece.text for piece in item.prompt] for _, item in rendered])
+    texts = encode_pieces(
+        tokenizer, [[piece.text for piece in item.prompt] for _, item in rendered]
+    )
     kept: list[tuple[AnyRow, np.ndarray]] = []
     for (row, _), pieces in zip(rendered, texts, strict=True):
         prompt = _with_bos([token for piece in pieces for token in piece], ids.bos)
@@ -156,7 +159,7 @@ def encode_prompt(
     """The prompt tokens for one free instruction, as training would have written them."""
     row = Row(instruction=text, output="", input=input, origin="prompt")
     ids = special_ids(tokenizer)
-    [pieces] = _tokenize(tokenizer, [[piece.text for piece in template(row).prompt]])
+    [pieces] = encode_pieces(tokenizer, [[piece.text for piece in template(row).prompt]])
     return np.asarray(_with_bos([token for piece in pieces for token in piece], ids.bos), np.int32)
 
 
@@ -173,18 +176,6 @@ def _render(
                 raise
             counts["bad_rows"] += 1
     return rendered, counts
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[Sequence[str]]
-) -> list[list[list[int]]]:
-    """Ids of every piece of every row, in one call: the tokenizer works on many at once."""
-    flat = [text for row in texts for text in row]
-    if not flat:
-        return []
-    encoded = tokenizer(flat, add_special_tokens=False, return_attention_mask=False).input_ids
-    pieces = iter(encoded)
-    return [[next(pieces) for _ in row] for row in texts]
 
 
 def _join(

@@ -14,19 +14,15 @@ tokenising prompt and response in one go may merge across the seam.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from smoa_jax.data.chat import render_chat, turn_shape
 from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row
-from smoa_jax.data.tokenizer import special_texts
 
 #: Names that ``make_template`` knows.
 TEMPLATES = ("alpaca", "chat", "plain")
-
-#: Templates that print today's date would change the tokens of a run from one day to the next.
-_FIXED_DATE = "26 Jul 2024"
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -72,7 +68,8 @@ def make_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
     """The template called ``name``; only ``chat`` asks the tokenizer.
 
     Raises:
-        ValueError: An unknown name, or ``chat`` with a tokenizer that has no chat template.
+        ValueError: An unknown name, or ``chat`` with a tokenizer whose chat template is missing or
+            cannot be cut at an assistant's turn.
     """
     if name == "alpaca":
         return render_alpaca
@@ -80,11 +77,6 @@ def make_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
         return render_plain
     if name != "chat":
         raise ValueError(f"got template {name!r}; expected one of {', '.join(TEMPLATES)}")
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "got template 'chat' and a tokenizer without a chat template; expected one in "
-            "chat_template.jinja or tokenizer_config.json; use template alpaca or plain"
-        )
     return ChatTemplate(tokenizer)
 
 
@@ -133,59 +125,64 @@ class ChatTemplate:
     """The tokenizer's chat template, cut at the assistant's turns.
 
     Turn i's response is what the template writes for the messages up to turn i beyond what it
-    writes, with a generation prompt, for those before. A template under which one is not a
-    beginning of the other cannot be masked by position and is refused.
+    writes, with a generation prompt, for those before; it ends with the token that ends a turn.
+    A template under which one is not a beginning of the other, or which ends a row's turns
+    otherwise than that of the simplest exchange, cannot be masked by position and is refused.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._special_texts = special_texts(tokenizer)
+        self._shape = turn_shape(tokenizer)
 
     def __call__(self, row: AnyRow) -> Rendered:
         messages = _as_messages(row)
         pieces: list[Piece] = []
         written = ""
-        append_eos = False
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            prompt = self._render(messages[:index], row.origin, add_generation_prompt=True)
-            whole = self._render(messages[: index + 1], row.origin, add_generation_prompt=False)
-            if not (prompt.startswith(written) and whole.startswith(prompt)):
-                raise BadRowError(
-                    f"{row.origin}: the chat template does not continue its own text at message "
-                    f"{index + 1}; expected one that only appends; use template alpaca or plain, "
-                    "or single-turn rows"
-                )
-            response, append_eos = self._until_end_token(whole[len(prompt) :])
+            prompt, response = self._cut(messages[: index + 1], row.origin)
+            if not prompt.startswith(written):
+                raise self._not_appending(row.origin, index)
             pieces.append(Piece(text=prompt[len(written) :]))
             pieces.append(Piece(text=response, trained=True))
             written = prompt + response
-        return Rendered(prompt=tuple(pieces[:-1]), full=tuple(pieces), append_eos=append_eos)
+        return Rendered(
+            prompt=tuple(pieces[:-1]), full=tuple(pieces), append_eos=not self._shape.token
+        )
 
-    def _until_end_token(self, text: str) -> tuple[str, bool]:
-        """A response up to its end token, and whether the template wrote none.
-
-        Without an end token, the text up to trailing whitespace: what follows belongs to the next
-        turn's prompt.
-        """
-        response = text.rstrip()
-        return response, not response.endswith(self._special_texts)
+    def _cut(self, messages: tuple[Message, ...], origin: str) -> tuple[str, str]:
+        """The text before the words of the last message, and that message with its turn's end."""
+        prompt = self._render(messages[:-1], origin, add_generation_prompt=True)
+        whole = self._render(messages, origin, add_generation_prompt=False)
+        # A space belongs to the word behind it; all else of a header the model is given.
+        head = self._shape.head.rstrip(" ")
+        if whole.startswith(prompt + head):
+            prompt += head
+        words_end = len(whole) - len(self._shape.tail)
+        if (
+            not whole.startswith(prompt)
+            or not whole.endswith(self._shape.tail)
+            or words_end < len(prompt)
+        ):
+            raise self._not_appending(origin, len(messages) - 1)
+        return prompt, whole[len(prompt) : words_end] + self._shape.end
 
     def _render(
         self, messages: tuple[Message, ...], origin: str, *, add_generation_prompt: bool
     ) -> str:
-        plain: list[dict[str, Any]] = [dataclasses.asdict(message) for message in messages]
+        plain: list[dict[str, str]] = [dataclasses.asdict(message) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(
-                plain,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                date_string=_FIXED_DATE,
-            )
-        except TemplateError as error:
+            return render_chat(self._tokenizer, plain, add_generation_prompt=add_generation_prompt)
+        except ValueError as error:
             raise BadRowError(f"{origin}: the chat template refuses this row: {error}") from error
-        return str(text)
+
+    @staticmethod
+    def _not_appending(origin: str, index: int) -> BadRowError:
+        return BadRowError(
+            f"{origin}: the chat template does not continue its own text at message {index + 1}; "
+            "expected one that only appends; use template alpaca or plain, or single-turn rows"
+        )
 
 
 def _as_messages(row: AnyRow) -> tuple[Message, ...]:
