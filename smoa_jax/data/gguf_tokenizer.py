@@ -20,7 +20,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 #: GGUF names of pre-tokenizers that split every digit from its neighbours before byte-level BPE.
@@ -39,7 +39,6 @@ _SPECIAL_IDS = {
 }
 #: Ids at which generation stops, beside EOS: ends of a turn and of a message.
 _STOP_IDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-_USER_DEFINED = 4
 #: How SentencePiece writes a space.
 _SPACE = "\u2581"
 _SCALARS = {
@@ -75,9 +74,9 @@ def tokenizer_from_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, list[int]]
     for kind, key in _SPECIAL_IDS.items():
         token = metadata.get(key)
         config[f"{kind}_token"] = None if token is None else vocabulary["tokens"][token]
-    runs = _respell_gemma(vocabulary) if architecture in _GEMMA else []
+    if architecture in _GEMMA:
+        _respell_gemma(vocabulary)
     backend, extra = convert_gguf_tokenizer(architecture, vocabulary)
-    backend.add_tokens([AddedToken(run, normalized=False) for run in runs])
     split = vocabulary.get("pre_tokenizer_type")
     sentencepiece = vocabulary.get("tokenizer_type") == "llama"
     if sentencepiece and architecture not in _GEMMA:
@@ -108,14 +107,12 @@ def _write_spaces(backend: Tokenizer, *, prefix: bool) -> None:
     backend.decoder = decoders.Sequence([*text, *strip])  # type: ignore[assignment]
 
 
-def _respell_gemma(vocabulary: dict[str, Any]) -> list[str]:
+def _respell_gemma(vocabulary: dict[str, Any]) -> None:
     """Writes runs of spaces as SentencePiece does, and the merges of a file that has none.
 
-    Gemma's merges follow the order of its vocabulary, except that of a run of equal whitespace the
-    longest token comes first.
-
-    Returns:
-        The runs of spaces that the file takes out of a text before all merges.
+    The converter respells the runs too late to see that the file takes them out of a text before
+    all merges. Gemma's merges follow the order of its vocabulary, except that of a run of equal
+    whitespace the longest token comes first.
     """
     from transformers.tokenization_utils_base import generate_merges
 
@@ -124,19 +121,14 @@ def _respell_gemma(vocabulary: dict[str, Any]) -> list[str]:
         for token in vocabulary["tokens"]
     ]
     vocabulary["tokens"] = tokens
-    if "merges" not in vocabulary:
-        ids = {token: index for index, token in enumerate(tokens)}
-        merges = generate_merges(ids, {token: -index for token, index in ids.items()})
-        is_run = [_is_run(left + right) for left, right in merges]
-        runs = [merge for merge, run in zip(merges, is_run, strict=True) if run]
-        runs.sort(key=lambda merge: (-len(merge[0]), -len(merge[1])))
-        rest = [merge for merge, run in zip(merges, is_run, strict=True) if not run]
-        vocabulary["merges"] = [" ".join(merge) for merge in [*runs, *rest]]
-    return [
-        token
-        for token, kind in zip(tokens, vocabulary["token_type"], strict=True)
-        if kind == _USER_DEFINED and token.startswith(_SPACE)
-    ]
+    if "merges" in vocabulary:
+        return
+    ids = {token: index for index, token in enumerate(tokens)}
+    merges = generate_merges(ids, {token: -index for token, index in ids.items()})
+    runs = [merge for merge in merges if _is_run("".join(merge))]
+    runs.sort(key=lambda merge: (-len(merge[0]), -len(merge[1])))
+    words = [merge for merge in merges if not _is_run("".join(merge))]
+    vocabulary["merges"] = [" ".join(merge) for merge in [*runs, *words]]
 
 
 def _is_run(token: str) -> bool:

@@ -43,6 +43,11 @@ def header(role: str) -> list[str]:
     return ["<|start_header_id|>", role, "<|end_header_id|>", "\n", "\n"]
 
 
+#: Knows neither roles of its own nor a generation prompt.
+BARE_GEMMA = (
+    "{%- for message in messages %}{{- '<start_of_turn>' + message['role'] + '\\n' }}"
+    "{{- message['content'] + '<end_of_turn>\\n' }}{%- endfor %}"
+)
 LLAMA3_SYSTEM = [
     *["<|begin_of_text|>", *header("system")],
     *["Today", " ", "Date:", " ", "26", " ", "Jul", " ", "2024", "\n", "\n"],
@@ -132,11 +137,7 @@ def test_a_header_that_always_follows_is_neither_learned_nor_a_stop():
 
 
 def test_a_template_without_generation_prompt_gives_its_header_and_learns_the_reply():
-    template = (
-        "{%- for message in messages %}{{- '<start_of_turn>' + message['role'] + '\\n' }}"
-        "{{- message['content'] + '<end_of_turn>\\n' }}{%- endfor %}"
-    )
-    tokenizer = families.gemma("assistant hi hello", chat_template=template)
+    tokenizer = families.gemma("assistant hi hello", chat_template=BARE_GEMMA)
     assert encoded(conversation("hi", "hello"), tokenizer) == [
         *given("<bos>", "<start_of_turn>", "user", "\n", "hi", "<end_of_turn>"),
         *given("\n", "<start_of_turn>", "assistant", "\n"),
@@ -179,6 +180,33 @@ def test_a_chat_whose_mask_would_be_wrong_is_refused(change):
     assert encoded(conversation("a", "b"), tokenizer)[-2:] == learned("b", "<end_of_turn>")
     with pytest.raises(BadRowError, match=r"test row: .* its own text at message 4"):
         encoded(conversation("a", "b", "c", "d"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # Shows the system message to a generation prompt alone.
+        ("'\\n\\n' %}", "'\\n\\n' if messages[-1]['role'] == 'user' else '' %}"),
+        # Does not end a turn that a system message has asked to go on.
+        ("{{- '<end_of_turn>\\n' }}", "{{- '<end_of_turn>\\n' if role == 'user' or not prefix }}"),
+    ],
+)
+def test_a_row_that_the_template_writes_otherwise_is_refused(change):
+    template = families.GEMMA3.replace(*change)
+    assert template != families.GEMMA3
+    tokenizer = families.gemma("a b c", chat_template=template)
+    reply = "b " * 20
+    assert encoded(conversation("a", reply), tokenizer)[-2:] == learned("b", "<end_of_turn>")
+    with pytest.raises(BadRowError, match=r"test row: .* its own text at message 3"):
+        encoded(conversation("a", reply, system="c"), tokenizer)
+
+
+def test_a_reply_that_the_template_leaves_out_is_refused():
+    template = BARE_GEMMA.replace("messages %}", "messages if message['content'] != 'b' %}")
+    tokenizer = families.gemma("assistant a b c", chat_template=template)
+    assert encoded(conversation("a", "c"), tokenizer)[-2:] == learned("c", "<end_of_turn>")
+    with pytest.raises(BadRowError, match=r"test row: .* its own text at message 2"):
+        encoded(conversation("a", "b"), tokenizer)
 
 
 def test_a_template_that_wants_a_system_message_serves_rows_that_have_one():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import gguf
 import pytest
 
@@ -234,3 +236,19 @@ def test_metadata_is_what_the_gguf_package_reads(smollm2_path):
         key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")
     }
     assert read_metadata(smollm2_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("beginning", "problem"),
+    [
+        (b"GGUF" + struct.pack("<I", 1), r"ValueError: got GGUF version 1; expected 2 or 3"),
+        (b"GGUF" + struct.pack(">I", 3), "expected 2 or 3, little-endian"),
+        # One pair, whose name claims to be longer than the file, or than any memory.
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "EOFError: the file ends too early"),
+    ],
+)
+def test_broken_beginnings_are_told_apart(tmp_path, beginning, problem):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(beginning)
+    with pytest.raises(ValueError, match=problem):
+        load_tokenizer(path)
