@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFEndian, GGUFReader
+from gguf import GGUFEndian, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from smoa_jax.checkpoint.assemble import Index, StoredTensor
@@ -30,9 +30,12 @@ _ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.weight")
 
 
 class _WholeFileReader(GGUFReader):
-    """The library's reader, refusing to read past the end of the file instead of reading less.
+    """The library's reader, for files that may be damaged and vocabularies that are large.
 
-    Without this a corrupted array length makes it loop for as long as the length says.
+    It refuses to read past the end of the file instead of reading less: a corrupted array length
+    would make it loop for as long as the length says. And it takes an array of numbers at once and
+    steps over an array of strings, of which only the tokenizer's reader has any use: item by item
+    a Gemma's vocabulary takes as long as its weights.
     """
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
@@ -40,6 +43,24 @@ class _WholeFileReader(GGUFReader):
         if int(offset) < 0 or int(count) < 0 or end > self.data.shape[0]:
             raise ValueError(f"it ends at byte {self.data.shape[0]} but points to byte {end}")
         return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        parts, types = [kind, count], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
+        scalar = self.gguf_scalar_to_np.get(types[1])
+        if scalar is not None:
+            values = self._get(orig_offs + 12, scalar, count[0])
+            return 12 + int(values.nbytes), [*parts, values], [2], types
+        if types[1] != GGUFValueType.STRING:
+            return super()._get_field_parts(orig_offs, raw_type)
+        start = orig_offs + 12
+        for _ in range(int(count[0])):
+            start += 8 + int.from_bytes(self.data[start : start + 8].tobytes(), "little")
+            if start > self.data.shape[0]:
+                raise ValueError(f"it ends at byte {self.data.shape[0]}, within its strings")
+        return start - orig_offs, parts, [], types
 
 
 class GgufFile:
