@@ -220,11 +220,13 @@ GEMMA3_IDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", GEMMA3_IDS)
 def test_gemma3_from_gguf_has_its_known_ids(gemma3, text):
     assert ids(gemma3, text) == GEMMA3_IDS[text]
 
 
+@pytest.mark.slow
 def test_gemma3_from_gguf_has_its_known_special_ids(gemma3):
     assert len(gemma3) == 262144
     assert special_ids(gemma3) == SpecialIds(bos=2, eos=(1,), pad=0)
