@@ -21,9 +21,9 @@ import collections
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,14 +34,15 @@ from smoa_jax.adapter.targets import walk
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import Bands, Blocks, Modulation, Params, is_modulation
 from smoa_jax.checkpoint.directories import replaced_directory
-from smoa_jax.checkpoint.names import NAME_RULES, TreePath
-
-TENSORS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-
-#: From a module's path in the tree and its layer (None when not stacked) to its dotted name in the
-#: Hugging Face model.
-ModuleName: TypeAlias = Callable[[TreePath, int | None], str]
+from smoa_jax.checkpoint.names import TreePath
+from smoa_jax.checkpoint.peft_names import (
+    CONFIG_FILE,
+    PEFT_PREFIX,
+    TENSORS_FILE,
+    ModuleName,
+    decoder_module_name,
+    is_part_of_more,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,28 +57,13 @@ class _Module:
     scale: float
 
 
-def llama_module_name(path: TreePath, layer: int | None) -> str:
-    """The name of a module of our own decoder: ``model.layers.3.self_attn.q_proj``.
-
-    Raises:
-        ValueError: for a path that is none of its modules.
-    """
-    for rule in NAME_RULES:
-        if rule.path[:-1] == tuple(path):
-            return rule.name.format(layer=layer).removesuffix(".weight")
-    raise ValueError(
-        f"got an adapter at {'/'.join(path)}, which is no module of our decoder; expected one of "
-        "its modules; give hf_module_name for another model"
-    )
-
-
 def export_peft(
     params: Params,
     config: SmoaConfig,
     directory: str | Path,
     *,
     base_model_name: str,
-    hf_module_name: ModuleName = llama_module_name,
+    hf_module_name: ModuleName = decoder_module_name,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as ``PeftModel.from_pretrained`` opens it.
@@ -89,8 +75,9 @@ def export_peft(
         config: The one that it was made with.
         directory: To be made; holds all or nothing, whenever the process dies.
         base_model_name: Name or path of the base for PEFT to load.
-        hf_module_name: Names of the modules, for models other than our decoder. A stacked kernel
-            needs one name per layer.
+        hf_module_name: Names of the modules as PEFT will see them: another ``text_model`` of
+            ``decoder_module_name`` for the text part of a multimodal model, a function of your own
+            for another tree. A stacked kernel needs one name per layer.
         overwrite: Replace an exported adapter; any other occupied directory is refused still.
 
     Returns:
@@ -192,7 +179,7 @@ def _tensors(kind: str, modules: list[_Module]) -> dict[str, np.ndarray]:
     tensors = {}
     largest = max(len(module.a) for module in modules)
     for module in modules:
-        prefix = f"base_model.model.{module.name}"
+        prefix = f"{PEFT_PREFIX}{module.name}"
         if kind == "lora":
             tensors[f"{prefix}.lora_A.weight"] = module.a
             tensors[f"{prefix}.lora_B.weight"] = module.b
@@ -275,7 +262,8 @@ def _targets(params: Params, modules: list[_Module], name: ModuleName) -> dict[s
         layers[module.path].add(module.layer)
     first = next(iter(layers.values()))
     if any(chosen != first for chosen in layers.values()) or any(
-        _peft_layer(module.name) != module.layer for module in modules
+        _peft_layer(module.name) != module.layer or is_part_of_more(module.name, module.layer)
+        for module in modules
     ):
         return whole
     depth = max(len(node.ranks) for _, node, _ in find_modulations(params).values())

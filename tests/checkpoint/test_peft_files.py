@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from smoa_jax import SmoaConfig, apply_smoa
 from smoa_jax.checkpoint.errors import CheckpointError
-from smoa_jax.checkpoint.peft_files import export_peft, llama_module_name
+from smoa_jax.checkpoint.peft_files import export_peft
+from smoa_jax.checkpoint.peft_names import decoder_module_name
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import init_params
 
@@ -137,7 +138,7 @@ def test_an_occupied_directory_is_left_alone_unless_told(tmp_path):
 
 
 def test_a_module_that_is_not_our_decoders_needs_a_name():
-    assert llama_module_name(("layers", "mlp", "up_proj"), 7) == "model.layers.7.mlp.up_proj"
-    assert llama_module_name(("lm_head",), None) == "lm_head"
+    assert decoder_module_name(("layers", "mlp", "up_proj"), 7) == "model.layers.7.mlp.up_proj"
+    assert decoder_module_name(("lm_head",), None) == "lm_head"
     with pytest.raises(ValueError, match=r"tower/proj.*give hf_module_name"):
-        llama_module_name(("tower", "proj"), None)
+        decoder_module_name(("tower", "proj"), None)

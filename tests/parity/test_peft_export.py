@@ -15,23 +15,10 @@ from smoa_jax.adapter.types import Blocks
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.peft_files import export_peft
 from smoa_jax.models.decoder import Decoder
+from tests.parity.peft_models import TOKENS, peft_logits, write_llama
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.parity
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-TOKENS = np.random.default_rng(0).integers(0, 96, (2, 16))
 PATTERN = {r".*\.down_proj": 9, r".*\.q_proj": 4}
 
 CONFIGS = {
@@ -51,6 +38,8 @@ CONFIGS = {
     "same_name_elsewhere": SmoaConfig(
         rank=6, target_modules=r".*attn\.(q|o)_proj|.*\.mlp\.up_proj"
     ),
+    "head": SmoaConfig.lora(4, alpha=8.0, target_modules=["lm_head", "q_proj"]),
+    "head_and_one_layer": SmoaConfig.hira(4, layers=(1,), target_modules=["lm_head", "up_proj"]),
     "melora_last_layer": SmoaConfig.melora(6, 2, layers=(2,), target_modules="all-linear"),
 }
 #: Those whose adapted model runs unmerged, each another program to compile.
@@ -59,11 +48,7 @@ ADAPTED_FORWARD = ("lora_alpha", "melora", "hira", "three_blocks_of_unequal_rank
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
-    model.save_pretrained(directory)
-    return directory
+    return write_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +85,6 @@ def trained(params):
 
 def copied(tree):
     return {key: copied(value) if isinstance(value, dict) else value for key, value in tree.items()}
-
-
-def peft_logits(checkpoint, directory):
-    base = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
-    model = peft.PeftModel.from_pretrained(base, directory)
-    adapted = [name for name, _ in model.named_modules() if name.endswith("base_layer")]
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.numpy(), len(adapted)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
