@@ -4,6 +4,7 @@
     smoa evaluate  --config FILE [...] --adapter DIR
     smoa generate  --model PATH [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
     smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
+    smoa import    --model PATH --peft DIR --output DIR
     smoa inspect   --model PATH [--adapter DIR] [--plot FILE.png]
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2.
@@ -27,6 +28,7 @@ _DESCRIPTIONS = {
     "evaluate": "Score a trained adapter: held-out loss, and answers by free generation.",
     "generate": "Continue prompts with a model, adapted or not.",
     "export": "Write a merged Hugging Face or Orbax directory, or an adapter that PEFT opens.",
+    "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
     "inspect": "Show what an adapter touches and, once trained, the spectrum of its updates.",
 }
 
@@ -156,6 +158,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "generate": _simple("generate", commands.generate),
     "export": _simple("export", commands.export),
+    "import": _simple("import", commands.import_adapter),
     "inspect": _simple("inspect", commands.inspect),
 }
 

@@ -19,14 +19,16 @@ from rich.table import Table
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.merge import merge_report, merge_smoa
-from smoa_jax.adapter.tree import strip_smoa
+from smoa_jax.adapter.tree import find_modulations, strip_smoa
 from smoa_jax.adapter.types import Params
-from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config
+from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config, save_adapter
 from smoa_jax.checkpoint.base import BaseModel, abstract_base, load_base
 from smoa_jax.checkpoint.hf_config import is_multimodal
 from smoa_jax.checkpoint.hf_export import export_huggingface
 from smoa_jax.checkpoint.orbax_export import export_orbax
 from smoa_jax.checkpoint.peft_files import export_peft
+from smoa_jax.checkpoint.peft_import import import_peft
+from smoa_jax.checkpoint.peft_names import module_naming
 from smoa_jax.data.config import build_data
 from smoa_jax.data.encode import encode_prompt
 from smoa_jax.data.templates import make_template
@@ -199,7 +201,14 @@ def export(
     base, params = _load(model, adapter, jnp.float32)
     if format == "peft":
         config = read_adapter_config(adapter)
-        export_peft(params, config, output, base_model_name=str(Path(model)), overwrite=overwrite)
+        export_peft(
+            params,
+            config,
+            output,
+            base_model_name=str(Path(model)),
+            hf_module_name=module_naming(base.hf_config),
+            overwrite=overwrite,
+        )
         _console.print(f"PEFT adapter: {output}")
         return 0
     target = jnp.dtype(dtype)
@@ -323,3 +332,28 @@ def _load(model: str, adapter: str, dtype: Any) -> tuple[BaseModel, Params]:
 
 def _shown(value: float, form: str = "{:.4f}") -> str:
     return form.format(value) if math.isfinite(value) else "-"
+
+
+def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = False) -> int:
+    """Make an adapter of one that PEFT wrote.
+
+    Args:
+        model: The base it was trained on: Hugging Face directory or GGUF file.
+        peft: Directory of a LoRA or HiRA adapter, or organisation/adapter on the hub.
+        output: Adapter directory to write; must not hold anything.
+        overwrite: Replace the adapter that output holds.
+    """
+    base = load_base(model, resolve_dtype("auto"))
+    params, config = import_peft(peft, base.params)
+    save_adapter(
+        params,
+        config,
+        output,
+        base_fingerprint=base.fingerprint,
+        base_name=model,
+        overwrite=overwrite,
+    )
+    kind = "HiRA" if config.modulation == "weight" else "LoRA"
+    kernels = len(find_modulations(params))
+    _console.print(f"{kind} of rank {config.rank} on {kernels} kernels; adapter: {output}")
+    return 0

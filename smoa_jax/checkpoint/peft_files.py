@@ -75,9 +75,9 @@ def export_peft(
         config: The one that it was made with.
         directory: To be made; holds all or nothing, whenever the process dies.
         base_model_name: Name or path of the base for PEFT to load.
-        hf_module_name: Names of the modules as PEFT will see them: another ``text_model`` of
-            ``decoder_module_name`` for the text part of a multimodal model, a function of your own
-            for another tree. A stacked kernel needs one name per layer.
+        hf_module_name: Names of the modules as PEFT will see them: ``module_naming(hf_config)``
+            for the decoder of a multimodal model, a function of your own for another tree. A
+            stacked kernel needs one name per layer.
         overwrite: Replace an exported adapter; any other occupied directory is refused still.
 
     Returns:

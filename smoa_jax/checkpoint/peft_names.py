@@ -11,16 +11,21 @@ transformers 5 the text part of a multimodal Gemma 3 is ``model.language_model``
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
+from smoa_jax.checkpoint.hf_config import is_multimodal
+from smoa_jax.checkpoint.multimodal import text_name
 from smoa_jax.checkpoint.names import NAME_RULES, TreePath
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 #: What PEFT puts before the names of the model that it wraps.
 PEFT_PREFIX = "base_model.model."
+#: Where transformers 5 keeps the decoder of a multimodal model, without its head.
+MULTIMODAL_TEXT_MODEL = "model.language_model"
 
 #: From a module's path in the tree and its layer (None when not stacked) to its dotted name in the
 #: Hugging Face model.
@@ -54,9 +59,6 @@ def parse_factor(name: str) -> FactorName | None:
 def decoder_module_name(path: TreePath, layer: int | None, *, text_model: str = "model") -> str:
     """The name of a module of our own decoder: ``model.layers.3.self_attn.q_proj``.
 
-    >>> export_peft(..., hf_module_name=functools.partial(
-    ...     decoder_module_name, text_model="model.language_model"))  # a multimodal Gemma 3
-
     Args:
         path: Of the module in our tree.
         layer: Index into its stack; None for what isn't stacked.
@@ -75,13 +77,20 @@ def decoder_module_name(path: TreePath, layer: int | None, *, text_model: str = 
     )
 
 
+def module_naming(hf_config: Mapping[str, Any]) -> ModuleName:
+    """How transformers names the decoder's modules in the model that a ``config.json`` describes.
+
+    >>> export_peft(..., hf_module_name=module_naming(base.hf_config))
+    """
+    if not is_multimodal(hf_config):
+        return decoder_module_name
+    return functools.partial(decoder_module_name, text_model=MULTIMODAL_TEXT_MODEL)
+
+
 def plain_module_name(name: str) -> str:
     """The name that a module of the text part of a multimodal model has in a plain decoder."""
-    match = re.fullmatch(r"(?:model\.)?language_model\.(?:model\.)?(?P<rest>.+)", name)
-    if match is None:
-        return name
-    rest = match["rest"]
-    return rest if rest == "lm_head" else f"model.{rest}"
+    weight = f"{name}.weight"
+    return (text_name(weight) or weight).removesuffix(".weight")
 
 
 def is_part_of_more(name: str, layer: int | None) -> bool:

@@ -14,14 +14,19 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from smoa_jax import SmoaConfig, apply_smoa
+from smoa_jax import SmoaConfig, apply_smoa, merge_smoa
 from smoa_jax.checkpoint import orbax_export
+from smoa_jax.checkpoint.adapter_files import save_adapter
+from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.hf_config import config_from_hf
 from smoa_jax.checkpoint.hf_export import export_huggingface
 from smoa_jax.checkpoint.names import flatten_tree
 from smoa_jax.checkpoint.orbax_export import export_orbax
+from smoa_jax.cli import main
+from smoa_jax.models.params import init_params
 from tests.checkpoint.hf_files import CONFIG, expected_tree, llama_tensors
+from tests.training.tiny_run import write_base
 
 DECODER = config_from_hf(CONFIG)
 
@@ -130,6 +135,20 @@ def test_config_and_tokenizer_lie_beside_the_weights(tmp_path, params):
     assert jax.tree.leaves(restored(target))[0].dtype == jnp.bfloat16
 
 
+def test_only_the_text_part_of_a_multimodal_config_is_written(tmp_path):
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 48}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8}}
+    decoder = config_from_hf(whole)
+    params = init_params(decoder, jax.random.key(0))
+    export_orbax(params, decoder, tmp_path / "out", dtype=jnp.float32, hf_config=whole)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["model_type"] == "gemma3_text"
+    assert "vision_config" not in written
+    assert config_from_hf(written) == decoder
+    assert_same(restored(tmp_path / "out"), params)
+
+
 def test_a_tied_head_is_not_written_twice(tmp_path):
     config = {**CONFIG, "tie_word_embeddings": True}
     params = jax.tree.map(jnp.asarray, expected_tree(config, llama_tensors(config)))
@@ -202,3 +221,19 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, params):
     with pytest.raises(ValueError, match="merge the adapter first"):
         export_orbax(adapted, DECODER, target, dtype=jnp.float32)
     assert names_in(tmp_path) == []
+
+
+def test_smoa_export_writes_the_merged_model(tmp_path, capsys):
+    base = load_base(write_base(tmp_path / "base"))
+    config = SmoaConfig.lora(2, target_modules=["q_proj"])
+    params = apply_smoa(base.params, config, jax.random.key(0))
+    node = params["layers"]["self_attn"]["q_proj"]["smoa"]
+    trained = dataclasses.replace(node, b=jnp.ones_like(node.b))
+    params["layers"]["self_attn"]["q_proj"]["smoa"] = trained
+    where = {"base_fingerprint": base.fingerprint, "base_name": "tiny"}
+    save_adapter(params, config, tmp_path / "adapter", **where)
+    paths = [f"--model={tmp_path / 'base'}", f"--adapter={tmp_path / 'adapter'}"]
+    assert main(["export", *paths, f"--output={tmp_path / 'out'}", "--format=orbax"]) == 0
+    assert "merged model" in capsys.readouterr().out
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    assert_same(restored(tmp_path / "out"), merge_smoa(params))

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from smoa_jax import SmoaConfig, apply_smoa
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.peft_files import export_peft
-from smoa_jax.checkpoint.peft_names import decoder_module_name
+from smoa_jax.checkpoint.peft_names import decoder_module_name, module_naming
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import init_params
 
@@ -142,3 +142,14 @@ def test_a_module_that_is_not_our_decoders_needs_a_name():
     assert decoder_module_name(("lm_head",), None) == "lm_head"
     with pytest.raises(ValueError, match=r"tower/proj.*give hf_module_name"):
         decoder_module_name(("tower", "proj"), None)
+
+
+def test_the_decoder_of_a_multimodal_model_goes_by_whole_names(tmp_path):
+    naming = module_naming({"model_type": "gemma3"})
+    assert naming(("lm_head",), None) == "lm_head"
+    config = SmoaConfig.lora(2, target_modules=["q_proj"])
+    _, fields, tensors = export(tmp_path, config, hf_module_name=naming)
+    names = [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+    assert fields["target_modules"] == names
+    assert f"base_model.model.{names[2]}.lora_A.weight" in tensors
+    assert module_naming({"model_type": "gemma3_text"}) is decoder_module_name

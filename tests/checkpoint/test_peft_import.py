@@ -96,9 +96,7 @@ UP_PROJ = ("layers", "mlp", "up_proj")
         (HIRA, "base_model.model.{}.hira_{}.default"),
     ],
 )
-@pytest.mark.parametrize(
-    "model", ["model", "model.language_model", "language_model.model", "language_model"]
-)
+@pytest.mark.parametrize("model", ["model", "model.language_model", "language_model.model"])
 def test_every_name_that_peft_has_written_is_understood(tmp_path, base, fields, form, model):
     tensors = factors(*(q_proj(layer, model) for layer in range(3)), form=form)
     params, config = import_peft(write(tmp_path, fields, tensors), base)

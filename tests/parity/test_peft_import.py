@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from smoa_jax import merge_smoa
-from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config, save_adapter
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.peft_files import export_peft
 from smoa_jax.checkpoint.peft_import import import_peft
-from smoa_jax.checkpoint.peft_names import decoder_module_name
-from smoa_jax.models.config import DecoderConfig
+from smoa_jax.checkpoint.peft_names import module_naming
+from smoa_jax.cli import main
 from smoa_jax.models.decoder import Decoder
-from smoa_jax.models.params import init_params
 from tests.parity.peft_models import (
     TOKENS,
     load_llama,
@@ -27,10 +22,10 @@ from tests.parity.peft_models import (
     peft,
     peft_logits,
     torch,
-    transformers,
     write_adapter,
     write_llama,
 )
+from tests.parity.test_checkpoint_gemma import multimodal_model
 
 pytestmark = pytest.mark.parity
 
@@ -134,49 +129,8 @@ def test_an_adapter_of_peft_gives_its_logits_here_and_again_there(
     assert np.abs(peft_logits(checkpoint, tmp_path / "back")[0] - theirs).max() < 1e-4
 
 
-# -------------------------------------------------------------------- one part of a larger model
-
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-TEXT_DECODER = DecoderConfig(
-    vocab_size=64,
-    embed_dim=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=48,
-    rope_base=1e4,
-    norm_epsilon=1e-6,
-    tie_embeddings=True,
-    max_positions=64,
-)
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-
-
-def multimodal():
-    """A Gemma 3 whose vision tower has modules named q_proj, k_proj and v_proj too."""
-    torch.manual_seed(0)
-    config = transformers.Gemma3Config(text_config=TEXT, vision_config=VISION)
-    return transformers.Gemma3ForConditionalGeneration(config).eval()
-
-
 def factors_of(model):
-    """Every factor that is not at its neutral start, by the module's name."""
+    """Every factor that training has moved, by the name that PEFT stores it under."""
     return {
         name: value.numpy()
         for name, value in peft.get_peft_model_state_dict(model).items()
@@ -184,27 +138,49 @@ def factors_of(model):
     }
 
 
-def test_the_text_part_of_a_multimodal_model_is_met_by_its_own_names(tmp_path):
+def test_the_decoder_of_a_multimodal_model_is_met_by_its_own_names(tmp_path):
+    """Its vision tower has modules that are named q_proj and v_proj too."""
+    multimodal_model().save_pretrained(tmp_path / "base")
     text_only = r"model\.language_model\..*\.(q_proj|v_proj|down_proj)"
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=text_only)
-    written = factors_of(write_adapter(multimodal(), config, tmp_path / "peft"))
-    base = init_params(TEXT_DECODER, jax.random.key(0))
-    params, ours = import_peft(tmp_path / "peft", base)
-    assert sorted(ours.target_modules) == ["down_proj", "q_proj", "v_proj"]
-    for path, node, _ in find_modulations(params).values():
-        for layer in range(2):
-            prefix = ".".join(path).replace("layers", f"model.language_model.layers.{layer}")
-            for factor, stack in (("A", node.a), ("B", np.swapaxes(node.b, 1, 2))):
-                expected = written[f"base_model.model.{prefix}.lora_{factor}.weight"]
-                np.testing.assert_array_equal(stack[layer].T, expected)
+    theirs = write_adapter(multimodal_model(), config, tmp_path / "peft")
+    base = load_base(tmp_path / "base")
+    params, ours = import_peft(tmp_path / "peft", base.params)
+    assert ours.target_modules == ("down_proj", "q_proj", "v_proj")
 
-    where = functools.partial(decoder_module_name, text_model="model.language_model")
+    tokens = TOKENS % 90  # none of the image's own
+    with torch.no_grad():
+        wanted, plain = (
+            model(torch.tensor(tokens)).logits.numpy() for model in (theirs, multimodal_model())
+        )
+    apply = jax.jit(Decoder(base.config, dtype=jnp.float32).apply)
+    assert np.abs(np.asarray(apply({"params": params}, tokens)) - wanted).max() < 1e-4
+    assert np.abs(plain - wanted).max() > 0.1
+
+    where = module_naming(base.hf_config)
     export_peft(params, ours, tmp_path / "back", base_model_name="tiny", hf_module_name=where)
-    opened = peft.PeftModel.from_pretrained(multimodal(), tmp_path / "back")
+    opened = peft.PeftModel.from_pretrained(multimodal_model(), tmp_path / "back")
     adapted = [name for name, _ in opened.named_modules() if name.endswith("base_layer")]
-    assert len(adapted) == 6
-    assert not [name for name in adapted if re.search("vision", name)]
-    again = factors_of(opened)
+    assert len(adapted) == 9
+    assert not [name for name in adapted if "vision" in name]
+    written, again = factors_of(theirs), factors_of(opened)
     assert again.keys() == written.keys()
     for name, value in written.items():
         np.testing.assert_array_equal(again[name], value)
+
+
+def test_smoa_import_writes_an_adapter_that_the_other_commands_take(checkpoint, tmp_path, capsys):
+    write_adapter(load_llama(checkpoint), lora(lora_dropout=0.1), tmp_path / "peft")
+    paths = [f"--model={checkpoint}", f"--peft={tmp_path / 'peft'}", f"--output={tmp_path / 'out'}"]
+    assert main(["import", *paths]) == 0
+    assert "LoRA of rank 6 on 5 kernels" in " ".join(capsys.readouterr().out.split())
+    assert read_adapter_config(tmp_path / "out").dropout == 0.1
+    arguments = ["export", f"--model={checkpoint}", f"--adapter={tmp_path / 'out'}"]
+    assert main([*arguments, f"--output={tmp_path / 'back'}", "--format=peft"]) == 0
+    both = [peft_logits(checkpoint, tmp_path / name)[0] for name in ("peft", "back")]
+    assert np.abs(both[0] - both[1]).max() < 1e-4
+
+    assert main(["import", *paths]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(["import", paths[0], f"--peft={checkpoint}", paths[2]]) == 2
+    assert "no adapter_config.json" in capsys.readouterr().err
