@@ -29,8 +29,12 @@ def write_llama(directory):
     return directory
 
 
-def load_llama(directory):
-    return transformers.LlamaForCausalLM.from_pretrained(directory).eval()
+def load_model(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        attn_implementation="eager",  # the only one with Gemma 2's soft cap
+    )
+    return model.eval()
 
 
 def logits_of(model):
@@ -40,7 +44,7 @@ def logits_of(model):
 
 def peft_logits(checkpoint, directory):
     """The logits of an adapter that PEFT opens, and how many modules it adapts."""
-    model = peft.PeftModel.from_pretrained(load_llama(checkpoint), directory)
+    model = peft.PeftModel.from_pretrained(load_model(checkpoint), directory)
     adapted = [name for name, _ in model.named_modules() if name.endswith("base_layer")]
     return logits_of(model), len(adapted)
 

@@ -16,6 +16,7 @@ from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.peft_files import export_peft
 from smoa_jax.models.decoder import Decoder
 from tests.parity.peft_models import TOKENS, peft_logits, write_llama
+from tests.parity.test_checkpoint_gemma import torch_model
 
 pytestmark = pytest.mark.parity
 
@@ -108,3 +109,22 @@ def test_peft_gives_the_adapted_logits(checkpoint, forward, tmp_path, name, recw
     assert not [text for text in messages if "missing" in text or "unexpected" in text.lower()]
     written = json.loads((directory / "adapter_config.json").read_text())
     assert written["peft_type"] == ("HIRA" if config.modulation == "weight" else "LORA")
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "config", [CONFIGS["two_blocks"], CONFIGS["melora"]], ids=["smoa", "melora"]
+)
+def test_peft_opens_the_adapter_of_each_gemma(tmp_path, family, config):
+    torch_model(family).save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base")
+    params = trained(copied(apply_smoa(base.params, config, jax.random.key(1))))
+    directory = export_peft(params, config, tmp_path / "peft", base_model_name="gemma")
+    apply = jax.jit(Decoder(base.config, dtype=jnp.float32).apply)
+    ours, plain = (
+        np.asarray(apply({"params": tree}, jnp.asarray(TOKENS))) for tree in (params, base.params)
+    )
+    theirs, num_adapted = peft_logits(tmp_path / "base", directory)
+    assert np.abs(theirs - ours).max() < 1e-4
+    assert np.abs(theirs - plain).max() > 0.1
+    assert num_adapted == 5 * base.config.num_layers

@@ -17,7 +17,7 @@ from smoa_jax.cli import main
 from smoa_jax.models.decoder import Decoder
 from tests.parity.peft_models import (
     TOKENS,
-    load_llama,
+    load_model,
     logits_of,
     peft,
     peft_logits,
@@ -111,7 +111,7 @@ def test_an_adapter_of_peft_gives_its_logits_here_and_again_there(
     checkpoint, forward, tmp_path, name
 ):
     base, logits = forward
-    theirs = logits_of(write_adapter(load_llama(checkpoint), CASES[name][0], tmp_path / "peft"))
+    theirs = logits_of(write_adapter(load_model(checkpoint), CASES[name][0], tmp_path / "peft"))
     params, config = import_peft(tmp_path / "peft", base.params)
     assert {key: getattr(config, key) for key in CASES[name][1]} == CASES[name][1]
     ours = logits(params if name in ADAPTED_FORWARD else merge_smoa(params))
@@ -170,7 +170,7 @@ def test_the_decoder_of_a_multimodal_model_is_met_by_its_own_names(tmp_path):
 
 
 def test_smoa_import_writes_an_adapter_that_the_other_commands_take(checkpoint, tmp_path, capsys):
-    write_adapter(load_llama(checkpoint), lora(lora_dropout=0.1), tmp_path / "peft")
+    write_adapter(load_model(checkpoint), lora(lora_dropout=0.1), tmp_path / "peft")
     paths = [f"--model={checkpoint}", f"--peft={tmp_path / 'peft'}", f"--output={tmp_path / 'out'}"]
     assert main(["import", *paths]) == 0
     assert "LoRA of rank 6 on 5 kernels" in " ".join(capsys.readouterr().out.split())
