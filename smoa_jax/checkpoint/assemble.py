@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -32,6 +33,8 @@ Index: TypeAlias = tuple[slice, ...]
 
 #: How much of each end of a tensor, as stored, goes into the fingerprint.
 FINGERPRINT_BYTES = 4096
+
+_CPU_ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +174,8 @@ def _assemble_array(
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     if sharding is None:
-        return jax.device_put(_read_shard(reader, slots, leaf, (slice(None),) * len(leaf.shape)))
+        whole = _read_shard(reader, slots, leaf, (slice(None),) * len(leaf.shape))
+        return jax.block_until_ready(jax.device_put(whole))
     holders: dict[tuple, list[Any]] = {}
     indices: dict[tuple, Index] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -185,7 +189,8 @@ def _assemble_array(
         for device in devices:
             place = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
             shards.append(jax.device_put(values, place))
-        jax.block_until_ready(shards[-len(devices) :])  # so that only one shard waits on the host
+        jax.block_until_ready(shards[-len(devices) :])
+        del values  # only one shard waits on the host, also while the next one is read
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
@@ -193,13 +198,21 @@ def _read_shard(
     reader: TensorReader, slots: Sequence[TensorSlot], leaf: jax.ShapeDtypeStruct, index: Index
 ) -> np.ndarray:
     shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)]
-    values = np.empty(shape, leaf.dtype)
+    values = _empty(shape, leaf.dtype)
     if slots[0].layer is None:
         values[...] = _read_slot(reader, slots[0], index)
         return values
     for position, slot in enumerate(slots[index[0]]):
         values[position] = _read_slot(reader, slot, index[1:])
     return values
+
+
+def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array that begins where JAX's CPU devices want it to, so that they take it uncopied."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _CPU_ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _CPU_ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _read_slot(reader: TensorReader, slot: TensorSlot, index: Index) -> np.ndarray:
