@@ -14,6 +14,7 @@ import ml_dtypes
 import pytest
 
 from tests.checkpoint.hf_files import CONFIG, llama_tensors, write_directory
+from tests.processes import run_processes
 
 PROGRAM = Path(__file__).with_name("load_memory.py")
 ROOT = Path(__file__).parents[2]
@@ -93,5 +94,19 @@ def directories(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_holds_no_more_than_one_shard_and_a_half(directories, dtype, layout, depth):
     used = peak_of_loading(directories[depth], dtype, layout)
-    extra = used["peak"] - used["arrays"]
-    print(dtype, layout, depth, {k: round(v / 2**20, 2) for k, v in used.items()}, "ratio", extra / used["largest_shard"])
+    size = {"bfloat16": 2, "float32": 4}[dtype]
+    largest = depth * WIDE["hidden_size"] * WIDE["intermediate_size"] * size
+    assert used["largest_shard"] == largest // (8 if layout == "fsdp" else 1)
+    assert used["peak"] > 0.95 * used["arrays"], "the watcher saw the arrays come into being"
+    assert used["peak"] - used["arrays"] <= 1.5 * used["largest_shard"]
+
+
+def test_each_process_reads_only_what_its_devices_hold(tmp_path):
+    tensors = llama_tensors(CONFIG)
+    directory = write_directory(tmp_path / "m", CONFIG, tensors, 3)
+    outcomes = run_processes(Path(__file__).with_name("load_in_processes.py"), [directory])
+    assert [outcome["devices"] for outcome in outcomes] == [8, 8]
+    assert outcomes[0]["fingerprint"] == outcomes[1]["fingerprint"]
+    for outcome in outcomes:  # halves of what is divided, and all of what every device holds
+        shares = {name: size / tensors[name].nbytes for name, size in outcome["read"].items()}
+        assert shares == {name: 1.0 if "norm" in name else 0.5 for name in tensors}
