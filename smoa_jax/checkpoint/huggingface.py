@@ -60,14 +60,14 @@ def download(name: str, *, weights: bool) -> Path:
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{here}, and on the hub it is gated; expected an account that was granted access: "
-            "accept its terms on its page, then run `hf auth login`"
+            f"accept its terms on https://huggingface.co/{name}, then run `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{here}, and the hub has no such public model; check the spelling, "
             "or run `hf auth login` if it is private"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # HTTP, proxy, disk and storage layers each raise their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{here}, and it can't be downloaded ({reason}); expected a directory, a GGUF file "

@@ -13,9 +13,11 @@ import huggingface_hub
 import jax.numpy as jnp
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 from smoa_jax.checkpoint.base import BaseModel, abstract_base, load_base
 from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.huggingface import download
 from tests.checkpoint.hf_files import CONFIG, llama_tensors, write_directory, write_gguf
 
 
@@ -64,6 +66,57 @@ def test_a_name_is_downloaded_without_pickles_and_loaded(tmp_path, monkeypatch):
     assert not any("bin" in pattern or "pt" in pattern for pattern in with_weights)
 
 
+FILES = {
+    "llama": {
+        "model-00001-of-00002.safetensors": True,
+        "model-00002-of-00002.safetensors": True,
+        "model.safetensors.index.json": True,
+        "original/consolidated.00.pth": False,
+        "original/params.json": False,
+        "original/tokenizer.model": False,
+        "onnx/model.onnx": False,
+        "pytorch_model-00001-of-00002.bin": False,
+        "USE_POLICY.md": False,
+    },
+    "gemma": {
+        "model.safetensors": True,
+        "chat_template.jinja": True,
+        "tokenizer.model": True,
+        "gemma-2b.gguf": False,
+        "examples/notebook.ipynb": False,
+        "examples/weights.safetensors": False,
+        "training_args.bin": False,
+        "flax_model.msgpack": False,
+    },
+}
+COMMON = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_of_a_hub_model_only_what_is_read_is_fetched(family, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(name, **patterns):
+        asked.update(patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    listed = {**FILES[family], **dict.fromkeys(COMMON, True)}
+    download("some-org/model", weights=True)
+    fetched = set(filter_repo_objects(listed, **asked))
+    assert fetched == {name for name, wanted in listed.items() if wanted}
+    download("some-org/model", weights=False)
+    weights = {name for name in fetched if name.endswith(".safetensors")}
+    assert set(filter_repo_objects(listed, **asked)) == fetched - weights
+
+
+def test_without_a_connection_a_name_says_so_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"outgoing traffic has been disabled.*give its path"):
+        load_base("some-org/model")
+
+
 class Answer:
     """What a hub error wants to know of the server's answer."""
 
@@ -80,6 +133,7 @@ class Answer:
         (errors.RepositoryNotFoundError("no", response=Answer()), "check the spelling"),  # type: ignore[arg-type]
         (errors.LocalEntryNotFoundError("offline\nmore"), r"\(offline\).* give its path"),
         (OSError("no route"), r"can't be downloaded \(no route\)"),
+        (errors.XetDownloadError("torn"), r"can't be downloaded \(torn\)"),
     ],
 )
 def test_a_name_that_cannot_be_downloaded_says_what_to_do(monkeypatch, error, message):
