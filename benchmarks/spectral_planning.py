@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
-from smoa_jax.adapter.spectrum import _scores, kernel_layer
+from smoa_jax.adapter.decompose import layer_scores
+from smoa_jax.adapter.spectrum import kernel_layer
 from smoa_jax.adapter.targets import find_targets
 from smoa_jax.checkpoint.base import load_base
 
@@ -77,7 +78,7 @@ def main() -> None:
     config = SmoaConfig(
         target_modules=arguments.target_modules, layers=tuple(arguments.layers), num_subspaces=2
     )
-    ways = {"eigh(Gram)": _scores, "SVD": svd_scores}
+    ways = {"eigh(Gram)": layer_scores, "SVD": svd_scores}
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for target in find_targets(base.params, config):
         kernel = base.params

@@ -1,14 +1,11 @@
 """What a partition needs to know of each kernel's spectrum, planned once before training.
 
-``plan_spectra`` decomposes every targeted kernel, one layer at a time per device, in float32 at the
-highest matmul precision. Blocks [S2] need each coordinate's centre of mass in the spectrum; bands
-[S1] need the parts of the weight themselves.
+``plan_spectra`` decomposes every targeted kernel (``decompose.py``), one layer at a time per
+device. Blocks [S2] need each coordinate's centre of mass in the spectrum; bands [S1] need the parts
+of the weight themselves.
 
-The decomposition is the symmetric eigendecomposition of the smaller Gram matrix, not an SVD. With
-``W W^T = U diag(s^2) U^T`` (for I <= O) everything the method defines follows without a division:
-``e_in = U^2 s^2``, ``e_out = (W^T U)^2``, ``s = |W^T U|`` column by column, ``W_m = U_m U_m^T W``.
-It is several times faster and gives the same partition; ``benchmarks/spectral_planning.py``
-measures both.
+Several processes share the layers out: each decomposes its own, then all receive all results
+(``exchange.py``), so every layer is decomposed once and all processes hold the same bits.
 
 Abstract kernels (``jax.ShapeDtypeStruct``) give abstract spectra and compute nothing.
 """
@@ -18,11 +15,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,13 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from threadpoolctl import threadpool_limits
 
 from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.decompose import layer_bands, layer_scores, traced_bands
+from smoa_jax.adapter.exchange import gather_layer, raise_together, share_result, spans_processes
 from smoa_jax.adapter.targets import Target, find_targets
 from smoa_jax.adapter.types import Params
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 _CACHE_VERSION = 1
 
 
@@ -62,6 +60,10 @@ class BandParts:
 Spectrum: TypeAlias = BlockScores | BandParts
 #: Dotted module path -> spectrum; empty for partitions that need none.
 Spectra: TypeAlias = dict[str, Spectrum]
+#: What planning one layer gives, by field of its spectrum.
+Result: TypeAlias = dict[str, np.ndarray]
+#: Begin and end of a part of an array, for each axis.
+Bounds: TypeAlias = tuple[tuple[int, int], ...]
 #: Called with (layers done, layers in all, module path) as planning proceeds.
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -76,14 +78,15 @@ def plan_spectra(
     """Decompose every kernel that ``config`` adapts; slow once, cacheable.
 
     Memory: one layer's kernel and factors at a time per device, beside the results, which are two
-    vectors per layer for blocks and M - 1 kernels for bands.
+    vectors per layer for blocks and M - 1 kernels for bands, laid out like their kernel. With
+    several processes all must call this, with the same arguments; kernels may span them.
 
     Args:
         base_params: Nested dict of arrays, or of ``ShapeDtypeStruct`` for an abstract plan.
         config: Only its targets, partition and number of subspaces matter here.
         cache_dir: Directory of results of earlier calls, keyed by the content of each layer's
             weights. An entry that cannot be read is recomputed, with a warning.
-        progress: Told after every layer.
+        progress: Told after every layer, of this process's layers.
 
     Returns:
         Spectra by dotted module path; ``{}`` when the partition needs none.
@@ -99,33 +102,21 @@ def plan_spectra(
         return {t.name: _abstract(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     if any(isinstance(kernel, Tracer) for kernel in kernels):
         return {t.name: _traced(t, k, config) for t, k in zip(targets, kernels, strict=True)}
-    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
     jobs = [
-        (target, kernel, layer)
+        _Job(target, kernel, layer)
         for target, kernel in zip(targets, kernels, strict=True)
         for layer, selected in enumerate(target.selected)
         if selected
     ]
-    results: dict[tuple[str, int], dict[str, np.ndarray]] = {}
-    devices = jax.local_devices()
-    workers = min(len(devices), os.cpu_count() or 1)
-    if devices[0].platform == "cpu":
-        workers = os.cpu_count() or 1
-    # One BLAS thread each: LAPACK's own threads slow a busy machine down by a factor of ten.
-    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
-        futures = [
-            pool.submit(planner.layer, target, kernel, layer, devices[index % len(devices)])
-            for index, (target, kernel, layer) in enumerate(jobs)
-        ]
-        try:
-            for done, ((target, _, layer), future) in enumerate(zip(jobs, futures, strict=True)):
-                results[target.name, layer] = future.result()
-                if progress is not None:
-                    progress(done + 1, len(jobs), target.name)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {t.name: _assemble(t, k, config, results) for t, k in zip(targets, kernels, strict=True)}
+    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
+    own = _plan_share(jobs, planner, progress)
+    stacks = {t.name: _Stack(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+    for number, job in enumerate(jobs):
+        like = _layer_structs(job.target, job.kernel.dtype, config)
+        owner = number % jax.process_count()
+        result = share_result(own.pop(number, None), like, owner)
+        stacks[job.target.name].put(job.layer, result)
+    return {name: stack.spectrum() for name, stack in stacks.items()}
 
 
 def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
@@ -143,27 +134,73 @@ def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
         )
 
 
-def band_cuts(singular_values: np.ndarray, num_bands: int, path: str) -> tuple[int, ...]:
-    """First index of bands 2..M by cumulative energy of singular values, in float64 [S1].
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One layer to decompose."""
 
-    Band m holds the j with ``(m-1)/M < E(j) <= m/M``; the last one takes the rest.
+    target: Target
+    kernel: Any
+    layer: int
 
-    Raises:
-        ValueError: if a band is empty, naming the kernel.
+    @property
+    def name(self) -> str:
+        return f"{self.target.name}[{self.layer}]" if self.target.leading else self.target.name
+
+
+def _plan_share(
+    jobs: Sequence[_Job], planner: _Planner, progress: Progress | None
+) -> dict[int, Result]:
+    """The results of every n-th job, n processes in all, layers in parallel.
+
+    All processes walk through all jobs together, since each has parts of the kernels that span
+    them; a layer of such a kernel is held by the process that decomposes it alone.
     """
-    values = np.asarray(singular_values, np.float64)
-    energy = np.cumsum(values)
-    energy = energy / energy[-1] if energy[-1] > 0 else energy
-    cuts = [int(np.searchsorted(energy, m / num_bands, side="right")) for m in range(1, num_bands)]
-    edges = [0, *cuts, len(values)]
-    for band, (start, stop) in enumerate(itertools.pairwise(edges)):
-        if stop <= start:
-            raise ValueError(
-                f"got an empty spectral band {band + 1} of {num_bands} in {path}, whose first "
-                f"singular value holds {energy[0]:.0%} of the energy; expected a singular value in "
-                "every band; lower num_subspaces or exclude the kernel"
-            )
-    return tuple(cuts)
+    count, me = jax.process_count(), jax.process_index()
+    devices = jax.local_devices()
+    workers = os.cpu_count() or 1
+    if devices[0].platform != "cpu":
+        workers = min(len(devices), workers)
+    total = len(range(me, len(jobs), count))
+    results: dict[int, Result] = {}
+    pending: dict[Future, int] = {}
+    error: Exception | None = None
+
+    def settle(most: int) -> None:
+        """Wait until at most ``most`` layers are under way."""
+        while len(pending) > most:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                number = pending.pop(future)
+                results[number] = future.result()
+                if progress is not None:
+                    progress(len(results), total, jobs[number].target.name)
+
+    # One BLAS thread each: LAPACK's own threads slow a busy machine down by a factor of ten.
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        try:
+            for number, job in enumerate(jobs):
+                mine = number % count == me and error is None
+                try:
+                    if mine:
+                        settle(workers - 1)
+                except Exception as raised:  # the others still wait for this process's parts
+                    error, mine = raised, False
+                fetch = functools.partial(kernel_layer, job.kernel, job.target, job.layer)
+                if spans_processes(job.kernel):
+                    gathered: Any = gather_layer(job.kernel, job.target.view, job.layer)
+                    fetch = functools.partial(job.target.view.of_one_layer().to_matrix, gathered)
+                if mine:
+                    device = devices[number // count % len(devices)]
+                    pending[pool.submit(planner.layer, job, fetch, device)] = number
+            try:
+                if error is None:
+                    settle(0)
+            except Exception as raised:
+                error = raised
+            raise_together(error)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
 
 
 class _Planner:
@@ -173,12 +210,11 @@ class _Planner:
         self._config = config
         self._cache_dir = cache_dir
 
-    def layer(self, target: Target, kernel: Any, layer: int, device: Any) -> dict[str, np.ndarray]:
-        name = f"{target.name}[{layer}]" if target.leading else target.name
-        matrix = kernel_layer(kernel, target, layer)
+    def layer(self, job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
+        name, matrix = job.name, fetch()
         path = self._entry(matrix)
         if path is not None and path.exists():
-            found = self._read(path, matrix.shape, name)
+            found = self._read(path, job)
             if found is not None:
                 return found
         matrix = jax.device_put(matrix, device)
@@ -188,9 +224,9 @@ class _Planner:
                 "checkpoint"
             )
         if self._config.has_blocks:
-            result = {k: np.asarray(v) for k, v in _scores(matrix).items()}
+            result = {k: np.asarray(v) for k, v in layer_scores(matrix).items()}
         else:
-            result = _bands(matrix, self._config.num_subspaces, name)
+            result = layer_bands(matrix, self._config.num_subspaces, name)
         if path is not None:
             _write(path, result)
         return result
@@ -206,25 +242,17 @@ class _Planner:
         digest.update(np.ascontiguousarray(host).view(np.uint8).data)
         return self._cache_dir / f"{digest.hexdigest()[:40]}.npz"
 
-    def _read(self, path: Path, shape: tuple[int, ...], name: str):
-        inputs, outputs = shape
-        subspaces = self._config.num_subspaces
-        expected = {"inputs": (inputs,), "outputs": (outputs,)}
-        if not self._config.has_blocks:
-            expected = {
-                "bands": (subspaces - 1, inputs, outputs),
-                "cuts": (subspaces - 1,),
-                "norms": (subspaces,),
-            }
+    def _read(self, path: Path, job: _Job) -> Result | None:
+        like = _layer_structs(job.target, job.kernel.dtype, self._config)
         try:
             with np.load(path, allow_pickle=False) as stored:
-                found = {key: stored[key] for key in expected}
-            if any(found[key].shape != size for key, size in expected.items()):
+                found = {key: stored[key].view(like[key].dtype) for key in like}
+            if any(found[key].shape != struct.shape for key, struct in like.items()):
                 raise ValueError(f"shapes {[value.shape for value in found.values()]}")
             return found
         except Exception as error:  # zip, zlib, key and value errors alike mean: not usable
             warnings.warn(
-                f"the cached spectrum of {name} in {path} cannot be used ({error}); it is "
+                f"the cached spectrum of {job.name} in {path} cannot be used ({error}); it is "
                 "computed again",
                 stacklevel=2,
             )
@@ -236,7 +264,9 @@ def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
     if not target.leading:
         return target.view.to_matrix(kernel)
     if target.view.num_layer_axes == 1:
-        one = jax.lax.index_in_dim(kernel, layer, target.view.order[0], keepdims=False)
+        axis = target.view.order[0]
+        # The index is an argument of the compiled program, so that one serves all layers.
+        one = jax.lax.dynamic_index_in_dim(kernel, jnp.int32(layer), axis, keepdims=False)
         return target.view.of_one_layer().to_matrix(one)
     return target.view.to_matrix(kernel)[layer]
 
@@ -249,90 +279,38 @@ def _write(path: Path, result: dict[str, np.ndarray]) -> None:
     os.replace(temporary, path)
 
 
-def _decompose(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For I <= O: ``U`` (I, q), ``W^T U`` (O, q) and ``s`` (q,), in descending order of s."""
-    gram = jnp.matmul(matrix, matrix.T, precision=_HIGHEST)
-    _, vectors = jnp.linalg.eigh(gram)
-    vectors = vectors[:, ::-1]
-    projected = jnp.matmul(matrix.T, vectors, precision=_HIGHEST)
-    values = jnp.sqrt(jnp.sum(projected**2, axis=0))
-    # The Gram matrix orders by s^2 in its own rounding; |W^T u| is the finer measure.
-    order = jnp.argsort(-values, stable=True)
-    return vectors[:, order], projected[:, order], values[order]
-
-
-@jax.jit
-def _scores(matrix: jax.Array) -> dict[str, jax.Array]:
-    """Centre of mass of every coordinate [S2, step 2]."""
-    wide = matrix.shape[0] <= matrix.shape[1]
-    weight = matrix.astype(jnp.float32)
-    vectors, projected, values = _decompose(weight if wide else weight.T)
-    near, far = _centre(vectors**2 * values[None, :] ** 2), _centre(projected**2)
-    return {"inputs": near, "outputs": far} if wide else {"inputs": far, "outputs": near}
-
-
-def _centre(energy: jax.Array) -> jax.Array:
-    index = jnp.arange(energy.shape[1], dtype=jnp.float32)
-    total = jnp.maximum(energy.sum(axis=1), jnp.finfo(jnp.float32).tiny)
-    return jnp.matmul(energy, index, precision=_HIGHEST) / total
-
-
-@jax.jit
-def _factors(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = matrix.shape[0] <= matrix.shape[1]
-    weight = matrix.astype(jnp.float32)
-    return _decompose(weight if wide else weight.T)
-
-
-@functools.partial(jax.jit, static_argnames=("start", "stop", "transposed"))
-def _band(vectors, projected, *, start: int, stop: int, transposed: bool) -> jax.Array:
-    part = jnp.matmul(vectors[:, start:stop], projected[:, start:stop].T, precision=_HIGHEST)
-    return part.T if transposed else part
-
-
-def _bands(matrix: jax.Array, num_bands: int, name: str) -> dict[str, np.ndarray]:
-    """The parts of one (I, O) weight in each band of its spectrum but the last [S1]."""
-    transposed = matrix.shape[0] > matrix.shape[1]
-    vectors, projected, values = _factors(matrix)
-    cuts = band_cuts(np.asarray(values), num_bands, name)
-    edges = (0, *cuts)
-    rest = matrix.astype(jnp.float32)
-    parts, norms = [], []
-    for start, stop in itertools.pairwise(edges):
-        part = _band(vectors, projected, start=start, stop=stop, transposed=transposed)
-        part = part.astype(matrix.dtype)  # the last band then takes up this rounding
-        rest = rest - part.astype(jnp.float32)
-        parts.append(np.asarray(part))
-        norms.append(float(jnp.linalg.norm(part.astype(jnp.float32))))
-    norms.append(float(jnp.linalg.norm(rest)))
-    shape = (num_bands - 1, *matrix.shape)
-    return {
-        "bands": np.stack(parts) if parts else np.zeros(shape, matrix.dtype),
-        "cuts": np.asarray(cuts, np.float32),
-        "norms": np.asarray(norms, np.float32),
-    }
-
-
 def _module(params: Params, target: Target) -> Params:
     for key in target.path:
         params = params[key]
     return params
 
 
-def _abstract(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
-    *leading, inputs, outputs = target.matrix_shape
+def _layer_structs(
+    target: Target, dtype: Any, config: SmoaConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the result of one layer looks like."""
+    inputs, outputs = target.matrix_shape[-2:]
     subspaces = config.num_subspaces
-
-    def struct(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*leading, *shape), dtype)
-
     if config.has_blocks:
-        return BlockScores(inputs=struct(inputs), outputs=struct(outputs))
-    return BandParts(
-        bands=struct(subspaces - 1, inputs, outputs, dtype=kernel.dtype),
-        cuts=struct(subspaces - 1),
-        norms=struct(subspaces),
-    )
+        shapes = {"inputs": (inputs,), "outputs": (outputs,)}
+    else:
+        shapes = {
+            "bands": (subspaces - 1, inputs, outputs),
+            "cuts": (subspaces - 1,),
+            "norms": (subspaces,),
+        }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype if name == "bands" else jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def _abstract(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
+    fields = {
+        name: jax.ShapeDtypeStruct((*target.leading, *struct.shape), struct.dtype)
+        for name, struct in _layer_structs(target, kernel.dtype, config).items()
+    }
+    return BlockScores(**fields) if config.has_blocks else BandParts(**fields)
 
 
 def _traced(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
@@ -340,44 +318,81 @@ def _traced(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
     matrix = target.view.to_matrix(kernel)
     layers = matrix if target.leading else matrix[None]
     if config.has_blocks:
-        spectrum = BlockScores(**jax.lax.map(_scores, layers))
+        spectrum = BlockScores(**jax.lax.map(layer_scores, layers))
     else:
         subspaces = config.num_subspaces
-        spectrum = jax.lax.map(lambda w: _traced_bands(w, subspaces, target.name), layers)
+        parts = jax.lax.map(lambda w: traced_bands(w, subspaces, target.name), layers)
+        spectrum = BandParts(**parts)
     return spectrum if target.leading else jax.tree.map(lambda leaf: leaf[0], spectrum)
 
 
-def _traced_bands(matrix: jax.Array, num_bands: int, name: str) -> BandParts:
-    transposed = matrix.shape[0] > matrix.shape[1]
-    vectors, projected, values = _factors(matrix)
-    cuts = jax.pure_callback(  # on the host, for float64 and for the error of an empty band
-        lambda s: np.asarray(band_cuts(np.asarray(s), num_bands, name), np.float32),
-        jax.ShapeDtypeStruct((num_bands - 1,), jnp.float32),
-        values,
-    )
-    edges = jnp.concatenate([jnp.zeros(1), cuts])
-    index = jnp.arange(values.shape[0])
-    rest, parts, norms = matrix.astype(jnp.float32), [], []
-    for band in range(num_bands - 1):
-        inside = (index >= edges[band]) & (index < edges[band + 1])
-        part = jnp.matmul(vectors * inside[None, :], projected.T, precision=_HIGHEST)
-        part = (part.T if transposed else part).astype(matrix.dtype)
-        rest = rest - part.astype(jnp.float32)
-        parts.append(part)
-        norms.append(jnp.linalg.norm(part.astype(jnp.float32)))
-    bands = jnp.stack(parts) if parts else jnp.zeros((0, *matrix.shape), matrix.dtype)
-    return BandParts(bands=bands, cuts=cuts, norms=jnp.stack([*norms, jnp.linalg.norm(rest)]))
+class _Stack:
+    """The results of one kernel, layer upon layer; layers left out hold zeros.
+
+    Bands lie where their kernel lies: of a kernel with a ``NamedSharding`` only the shards of this
+    process's devices exist. Everything else is small, and whole.
+    """
+
+    def __init__(self, target: Target, kernel: Any, config: SmoaConfig):
+        self._target = target
+        self._abstract = _abstract(target, kernel, config)
+        self._sharding = _bands_sharding(target, kernel) if not config.has_blocks else None
+        self._whole: dict[str, np.ndarray] = {}
+        self._shards: dict[Bounds, np.ndarray] = {}  # of bands, by place
+        for field in dataclasses.fields(self._abstract):
+            struct = getattr(self._abstract, field.name)
+            if field.name == "bands" and self._sharding is not None:
+                for bounds in self._places().values():
+                    if bounds not in self._shards:
+                        shape = [stop - start for start, stop in bounds]
+                        self._shards[bounds] = np.zeros(shape, struct.dtype)
+            else:
+                self._whole[field.name] = np.zeros(struct.shape, struct.dtype)
+
+    def put(self, layer: int, result: Mapping[str, np.ndarray]) -> None:
+        """Take in one layer's result."""
+        stacked = bool(self._target.leading)
+        for name, array in self._whole.items():
+            array[(layer,) if stacked else ()] = result[name]
+        for bounds, shard in self._shards.items():
+            part = tuple(slice(*edges) for edges in (bounds[1:] if stacked else bounds))
+            if not stacked:
+                shard[...] = result["bands"][part]
+            elif layer in range(*bounds[0]):
+                shard[layer - bounds[0][0]] = result["bands"][part]
+
+    def spectrum(self) -> Spectrum:
+        """All layers."""
+        fields: dict[str, Any] = dict(self._whole)
+        if self._sharding is not None:
+            assert isinstance(self._abstract, BandParts)
+            struct = self._abstract.bands
+            arrays = [
+                jax.device_put(self._shards[bounds], device)
+                for device, bounds in self._places().items()
+            ]
+            fields["bands"] = jax.make_array_from_single_device_arrays(
+                struct.shape, self._sharding, arrays, dtype=struct.dtype
+            )
+        return type(self._abstract)(**fields)
+
+    def _places(self) -> dict[Any, Bounds]:
+        """Where the bands of each device of this process begin and end, by axis."""
+        assert self._sharding is not None
+        assert isinstance(self._abstract, BandParts)
+        shape = self._abstract.bands.shape
+        return {
+            device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+            for device, index in self._sharding.addressable_devices_indices_map(shape).items()
+            if index is not None
+        }
 
 
-def _assemble(target: Target, kernel: Any, config: SmoaConfig, results) -> Spectrum:
-    """Stack the layers of one kernel; layers left out hold zeros."""
-    abstract = _abstract(target, kernel, config)
-    fields = {}
-    for field in dataclasses.fields(abstract):
-        struct = getattr(abstract, field.name)
-        array = np.zeros(struct.shape, struct.dtype)
-        for layer, selected in enumerate(target.selected):
-            if selected:
-                array[(layer,) if target.leading else ()] = results[target.name, layer][field.name]
-        fields[field.name] = array
-    return type(abstract)(**fields)
+def _bands_sharding(target: Target, kernel: Any) -> NamedSharding | None:
+    """That of the kernel, bands whole; None where its axes are not those of its matrix."""
+    if not isinstance(kernel, jax.Array) or not isinstance(kernel.sharding, NamedSharding):
+        return None
+    if target.view_text:
+        return None
+    axes = (*kernel.sharding.spec, *(None,) * (kernel.ndim - len(kernel.sharding.spec)))
+    return NamedSharding(kernel.sharding.mesh, PartitionSpec(*axes[:-2], None, *axes[-2:]))

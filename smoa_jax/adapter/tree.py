@@ -185,10 +185,17 @@ def _initial(target: Target, config: SmoaConfig, key: jax.Array, spectrum: Any) 
     keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(len(target.selected)))
     selected = jnp.asarray(target.selected)
     build = jax.vmap(lambda *arguments: _initial_layer(target, config, *arguments))
-    if not target.leading and spectrum is not None:
+    planned = isinstance(spectrum, BandParts)
+    if planned:  # bands stay as they are laid out, out of the vmap
+        bands, spectrum = spectrum, None
+    elif not target.leading and spectrum is not None:
         spectrum = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], spectrum)
     node = build(keys, selected, spectrum)
-    return node if target.leading else jax.tree.map(lambda leaf: leaf[0], node)
+    node = node if target.leading else jax.tree.map(lambda leaf: leaf[0], node)
+    if planned:
+        parts = {name: jnp.asarray(getattr(bands, name)) for name in ("bands", "cuts", "norms")}
+        node = dataclasses.replace(node, **parts)
+    return node
 
 
 def _initial_layer(
@@ -218,15 +225,14 @@ def _initial_layer(
     if config.partition == "none":
         a = _uniform(key, (inputs, width), bound) * kept
         return LowRank(a=a, b=jnp.zeros((outputs, width), jnp.float32), **common)
-    assert spectrum is not None, "bands are planned, and _check_spectra has seen to it"
     used = jnp.arange(width)[None, :] < jnp.asarray(ranks)[:, None]
     a = _uniform(key, (len(ranks), inputs, width), bound) * used[:, None, :] * kept
     return Bands(
         a=a,
         b=jnp.zeros((len(ranks), outputs, width), jnp.float32),
-        bands=jnp.asarray(spectrum.bands),
-        cuts=jnp.asarray(spectrum.cuts),
-        norms=jnp.asarray(spectrum.norms),
+        bands=None,  # _initial puts in what was planned
+        cuts=None,
+        norms=None,
         **common,
     )
 

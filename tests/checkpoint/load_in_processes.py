@@ -27,9 +27,7 @@ def main() -> None:
 
     SafetensorsFiles.read = counted
     mesh = make_mesh(MeshConfig(tensor=2))
-    base = load_base(
-        directory, shardings=param_shardings(abstract_base(directory).params, mesh)
-    )
+    base = load_base(directory, shardings=param_shardings(abstract_base(directory).params, mesh))
     wanted = expected_tree(CONFIG, llama_tensors(CONFIG))
 
     def check(leaf, values):

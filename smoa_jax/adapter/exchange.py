@@ -1,0 +1,109 @@
+"""What JAX processes tell each other while they plan one adapter together.
+
+Everything moves through one primitive, a sum over processes of buffers of bits to which each
+process contributes its own part and zeros elsewhere. So what arrives is what was sent, bit for bit,
+for every dtype and sharding, and one device of each process holds one layer at a time. All
+processes must call these functions in the same order; with a single process nothing is sent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from smoa_jax.adapter.views import View
+
+_ERROR_BYTES = 1024
+
+
+def spans_processes(kernel: Any) -> bool:
+    """Whether part of an array lies on devices of other processes."""
+    return isinstance(kernel, jax.Array) and not kernel.is_fully_addressable
+
+
+def gather_layer(kernel: jax.Array, view: View, layer: int) -> np.ndarray:
+    """One layer of a kernel that spans processes, as stored but without its layer axes."""
+    axes = view.order[: view.num_layer_axes]
+    place = np.unravel_index(layer, [kernel.shape[axis] for axis in axes]) if axes else ()
+    positions = dict(zip(axes, map(int, place), strict=True))
+    kept = [axis for axis in range(kernel.ndim) if axis not in positions]
+    own = np.zeros([kernel.shape[axis] for axis in kept], kernel.dtype)
+    for shard in kernel.addressable_shards:
+        inside = [part.indices(size) for part, size in zip(shard.index, kernel.shape, strict=True)]
+        here = all(inside[axis][0] <= at < inside[axis][1] for axis, at in positions.items())
+        if shard.replica_id != 0 or not here:
+            continue
+        part = shard.data
+        for axis in sorted(positions, reverse=True):
+            offset = positions[axis] - inside[axis][0]
+            part = jax.lax.dynamic_index_in_dim(part, offset, axis, keepdims=False)
+        own[tuple(slice(*inside[axis][:2]) for axis in kept)] = np.asarray(part)
+    return _sum_over_processes(own)
+
+
+def share_result(
+    result: Mapping[str, np.ndarray] | None, like: Mapping[str, jax.ShapeDtypeStruct], source: int
+) -> dict[str, np.ndarray]:
+    """The arrays that process ``source`` holds, on all; ``like`` says what they look like."""
+    shared = {}
+    for name, struct in like.items():
+        if jax.process_index() == source:
+            assert result is not None
+            shared[name] = _sum_over_processes(np.asarray(result[name], struct.dtype))
+        else:
+            shared[name] = _sum_over_processes(np.zeros(struct.shape, struct.dtype))
+    return shared
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise in every process if one of them failed, so that none waits for it forever.
+
+    Raises:
+        ValueError: with the message of the first process that failed, in the others; a process
+            that failed raises its own error.
+    """
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    rows = np.zeros((jax.process_count(), _ERROR_BYTES), np.uint8)
+    if error is not None:
+        text = str(error) or type(error).__name__
+        message = np.frombuffer(text.encode()[:_ERROR_BYTES], np.uint8)
+        rows[jax.process_index(), : len(message)] = message
+    rows = _sum_over_processes(rows)
+    if error is not None:
+        raise error
+    for row in rows:
+        if row.any():
+            raise ValueError(row.tobytes().rstrip(b"\0").decode(errors="replace"))
+
+
+def _sum_over_processes(own: np.ndarray) -> np.ndarray:
+    """The array whose bits are the sum of every process's; at most one may be nonzero in each."""
+    if jax.process_count() == 1:
+        return own
+    mesh, add = _adder()
+    flat = np.ascontiguousarray(own).reshape(-1).view(np.uint8)
+    words = np.zeros(-(-flat.size // 4), np.uint32)
+    words.view(np.uint8)[: flat.size] = flat
+    everyone = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, PartitionSpec("process")), words[None], (mesh.size, words.size)
+    )
+    summed = np.asarray(add(everyone)).view(np.uint8)[: flat.size]
+    return summed.view(own.dtype).reshape(own.shape)
+
+
+@functools.cache
+def _adder() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    """One device of each process, and the sum over them."""
+    devices = [jax.local_devices(process_index=n)[0] for n in range(jax.process_count())]
+    mesh = Mesh(np.asarray(devices), ("process",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return mesh, jax.jit(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), out_shardings=whole)
