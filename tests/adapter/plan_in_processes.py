@@ -21,13 +21,14 @@ from smoa_jax.sharding.mesh import MeshConfig, make_mesh
 from smoa_jax.sharding.rules import param_shardings
 from tests.processes import join, report
 
-PLAIN = "flat|wide|tall|rounded"
 CONFIGS = {
-    "blocks": SmoaConfig(rank=4, num_subspaces=2, target_modules=f"({PLAIN})"),
-    "blocks of three": SmoaConfig(rank=6, num_subspaces=3, target_modules=f"({PLAIN})"),
+    "blocks": SmoaConfig(
+        rank=4, num_subspaces=2, target_modules=["flat", "wide", "deep", "rounded"]
+    ),
+    "blocks of three": SmoaConfig(rank=6, num_subspaces=3, target_modules=["wide"]),
     "some layers": SmoaConfig(rank=4, target_modules=["wide"], layers=(0, 3)),
     "bands": SmoaConfig(
-        rank=4, num_subspaces=2, partition="spectral_bands", target_modules=f"({PLAIN})"
+        rank=4, num_subspaces=2, partition="spectral_bands", target_modules=["flat", "deep"]
     ),
     "a view": SmoaConfig(
         rank=4,
@@ -39,21 +40,21 @@ CONFIGS = {
 RULES = {
     "flat/kernel": "tensor, fsdp",
     "wide/kernel": "-, fsdp, tensor",
-    "tall/kernel": "fsdp, -, tensor",
+    "deep/kernel": "fsdp, -, tensor",
     "rounded/kernel": "replicate",
     "heads/kernel": "fsdp, -, tensor, -",
 }
 
 
 def base_params() -> dict:
-    """Kernels of every layout, on the host."""
+    """Kernels of every layout, on the host; alike in shape, since each shape is compiled for."""
     draw = np.random.default_rng(3).standard_normal
     return {
-        "flat": {"kernel": draw((16, 40)).astype(np.float32)},
+        "flat": {"kernel": draw((24, 32)).astype(np.float32)},
         "wide": {"kernel": draw((4, 24, 32)).astype(np.float32)},
-        "tall": {"kernel": draw((4, 40, 18)).astype(np.float32)},
-        "rounded": {"kernel": draw((3, 20, 28)).astype(jnp.bfloat16)},
-        "heads": {"kernel": draw((24, 3, 4, 8)).astype(np.float32)},
+        "deep": {"kernel": draw((4, 24, 32)).astype(np.float32)},
+        "rounded": {"kernel": draw((4, 24, 32)).astype(jnp.bfloat16)},
+        "heads": {"kernel": draw((40, 3, 2, 8)).astype(np.float32)},
     }
 
 
