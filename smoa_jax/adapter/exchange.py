@@ -27,11 +27,17 @@ def spans_processes(kernel: Any) -> bool:
     return isinstance(kernel, jax.Array) and not kernel.is_fully_addressable
 
 
-def gather_layer(kernel: jax.Array, view: View, layer: int) -> np.ndarray:
-    """One layer of a kernel that spans processes, as stored but without its layer axes."""
+def gather_layer(kernel: jax.Array | np.ndarray, view: View, layer: int) -> np.ndarray:
+    """One layer of a kernel on the host, as stored but without its layer axes.
+
+    Piece by piece from wherever they lie, so that no device ever holds more of the kernel than its
+    own part. All processes must call it for a kernel that spans them.
+    """
     axes = view.order[: view.num_layer_axes]
     place = np.unravel_index(layer, [kernel.shape[axis] for axis in axes]) if axes else ()
     positions = dict(zip(axes, map(int, place), strict=True))
+    if isinstance(kernel, np.ndarray):
+        return kernel[tuple(positions.get(axis, slice(None)) for axis in range(kernel.ndim))]
     kept = [axis for axis in range(kernel.ndim) if axis not in positions]
     own = np.zeros([kernel.shape[axis] for axis in kept], kernel.dtype)
     for shard in kernel.addressable_shards:
@@ -44,7 +50,7 @@ def gather_layer(kernel: jax.Array, view: View, layer: int) -> np.ndarray:
             offset = positions[axis] - inside[axis][0]
             part = jax.lax.dynamic_index_in_dim(part, offset, axis, keepdims=False)
         own[tuple(slice(*inside[axis][:2]) for axis in kept)] = np.asarray(part)
-    return _sum_over_processes(own)
+    return _sum_over_processes(own) if spans_processes(kernel) else own
 
 
 def share_result(

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -32,10 +30,9 @@ from threadpoolctl import threadpool_limits
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.decompose import layer_bands, layer_scores, traced_bands
 from smoa_jax.adapter.exchange import gather_layer, raise_together, share_result, spans_processes
+from smoa_jax.adapter.spectra_cache import CacheEntry
 from smoa_jax.adapter.targets import Target, find_targets
 from smoa_jax.adapter.types import Params
-
-_CACHE_VERSION = 1
 
 
 @jax.tree_util.register_dataclass
@@ -186,8 +183,8 @@ def _plan_share(
                     error, mine = raised, False
                 fetch = functools.partial(kernel_layer, job.kernel, job.target, job.layer)
                 if spans_processes(job.kernel):
-                    gathered: Any = gather_layer(job.kernel, job.target.view, job.layer)
-                    fetch = functools.partial(job.target.view.of_one_layer().to_matrix, gathered)
+                    matrix = fetch()
+                    fetch = functools.partial(np.asarray, matrix)
                 if mine:
                     device = devices[number // count % len(devices)]
                     pending[pool.submit(planner.layer, job, fetch, device)] = number
@@ -211,72 +208,42 @@ class _Planner:
         self._cache_dir = cache_dir
 
     def layer(self, job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
-        name, matrix = job.name, fetch()
-        path = self._entry(matrix)
-        if path is not None and path.exists():
-            found = self._read(path, job)
-            if found is not None:
-                return found
+        matrix = fetch()
+        entry = self._entry(job, matrix)
+        found = entry.read() if entry is not None else None
+        if found is not None:
+            return found
         matrix = jax.device_put(matrix, device)
         if not bool(jnp.isfinite(matrix).all()):
             raise ValueError(
-                f"got values that are not finite in {name}; expected finite weights; check the "
+                f"got values that are not finite in {job.name}; expected finite weights; check the "
                 "checkpoint"
             )
         if self._config.has_blocks:
             result = {k: np.asarray(v) for k, v in layer_scores(matrix).items()}
         else:
-            result = layer_bands(matrix, self._config.num_subspaces, name)
-        if path is not None:
-            _write(path, result)
+            result = layer_bands(matrix, self._config.num_subspaces, job.name)
+        if entry is not None:
+            entry.write(result)
         return result
 
-    def _entry(self, matrix: Any) -> Path | None:
+    def _entry(self, job: _Job, matrix: Any) -> CacheEntry | None:
         if self._cache_dir is None:
             return None
-        host = np.asarray(matrix)
-        kind = (_CACHE_VERSION, self._config.partition, str(host.dtype), host.shape)
+        kind: tuple[Any, ...] = (self._config.partition,)
         if not self._config.has_blocks:  # scores serve any number of blocks, bands do not
             kind = (*kind, self._config.num_subspaces)
-        digest = hashlib.sha256(repr(kind).encode())
-        digest.update(np.ascontiguousarray(host).view(np.uint8).data)
-        return self._cache_dir / f"{digest.hexdigest()[:40]}.npz"
-
-    def _read(self, path: Path, job: _Job) -> Result | None:
         like = _layer_structs(job.target, job.kernel.dtype, self._config)
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                found = {key: stored[key].view(like[key].dtype) for key in like}
-            if any(found[key].shape != struct.shape for key, struct in like.items()):
-                raise ValueError(f"shapes {[value.shape for value in found.values()]}")
-            return found
-        except Exception as error:  # zip, zlib, key and value errors alike mean: not usable
-            warnings.warn(
-                f"the cached spectrum of {job.name} in {path} cannot be used ({error}); it is "
-                "computed again",
-                stacklevel=2,
-            )
-            return None
+        return CacheEntry(self._cache_dir, np.asarray(matrix), kind, like, job.name)
 
 
 def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
-    """One layer of a kernel as (I, O), without moving the others."""
-    if not target.leading:
-        return target.view.to_matrix(kernel)
-    if target.view.num_layer_axes == 1:
-        axis = target.view.order[0]
-        # The index is an argument of the compiled program, so that one serves all layers.
-        one = jax.lax.dynamic_index_in_dim(kernel, jnp.int32(layer), axis, keepdims=False)
-        return target.view.of_one_layer().to_matrix(one)
-    return target.view.to_matrix(kernel)[layer]
+    """One layer of a kernel as (I, O), without moving the others.
 
-
-def _write(path: Path, result: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.{id(result)}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **result)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    All processes must call it for a kernel that spans them.
+    """
+    one: Any = gather_layer(kernel, target.view, layer)
+    return target.view.of_one_layer().to_matrix(one)
 
 
 def _module(params: Params, target: Target) -> Params:

@@ -78,17 +78,24 @@ def test_another_base_or_number_of_bands_is_computed_anew(tmp_path, decomposed):
     assert len(decomposed) == 4  # scores serve any number of blocks
 
 
-@pytest.mark.parametrize("harm", ["cut", "garbage", "empty", "other shape", "other fields"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "garbage", "empty", "flipped", "other fields", "other base"]
+)
 def test_a_damaged_entry_is_computed_again_with_a_warning(tmp_path, decomposed, harm):
     first = plan(two_layers(), BLOCKS, tmp_path)
     path = sorted(tmp_path.glob("*.npz"))[0]
     whole = path.read_bytes()
-    if harm == "other shape":
-        np.savez(path, inputs=np.zeros(12, np.float32), outputs=np.zeros(12, np.float32))
-    elif harm == "other fields":
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    if harm == "other fields":
         np.savez(path, scores=np.zeros(12, np.float32))
+    elif harm == "other base":  # of the same shapes, put in this one's place
+        plan(two_layers(seed=1), BLOCKS, tmp_path / "other")
+        del decomposed[:2]
+        path.write_bytes(next((tmp_path / "other").glob("*.npz")).read_bytes())
     else:
-        path.write_bytes({"cut": whole[:300], "garbage": b"\1" * 500, "empty": b""}[harm])
+        harmed = {"cut": whole[:300], "garbage": b"\1" * 500, "empty": b"", "flipped": flipped}
+        path.write_bytes(harmed[harm])
     with pytest.warns(UserWarning, match=r"of q_proj\[[01]\] in .* cannot be used .*again"):
         second = plan_spectra(two_layers(), BLOCKS, cache_dir=tmp_path)
     assert len(decomposed) == 3

@@ -1,0 +1,75 @@
+"""Spectra that are kept between runs: one file per layer, found by the content of its weights.
+
+An entry says which weights it belongs to, so that neither a damaged file nor one that was put in
+the place of another is ever believed: it is computed again, with a warning. Processes may share a
+directory, since an entry appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_VERSION = 2
+_WEIGHTS = "weights"
+
+
+class CacheEntry:
+    """The place in a cache of what is planned for one (I, O) weight.
+
+    Args:
+        directory: Of the cache.
+        matrix: The weight.
+        kind: What is planned for it, as its ``repr`` tells it apart.
+        like: The arrays of a result.
+        name: Of the layer, for warnings.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        matrix: np.ndarray,
+        kind: tuple[Any, ...],
+        like: Mapping[str, jax.ShapeDtypeStruct],
+        name: str,
+    ):
+        digest = hashlib.sha256(repr((_VERSION, *kind, str(matrix.dtype), matrix.shape)).encode())
+        digest.update(np.ascontiguousarray(matrix).view(np.uint8).data)
+        self._digest = digest.hexdigest()
+        self._path = directory / f"{self._digest[:40]}.npz"
+        self._like, self._name = like, name
+
+    def read(self) -> dict[str, np.ndarray] | None:
+        """The result, or None if there is none that can be used."""
+        if not self._path.exists():
+            return None
+        try:
+            with np.load(self._path, allow_pickle=False) as stored:
+                if str(stored[_WEIGHTS]) != self._digest:
+                    raise ValueError("it belongs to another base")
+                found = {key: stored[key].view(struct.dtype) for key, struct in self._like.items()}
+            if any(found[key].shape != struct.shape for key, struct in self._like.items()):
+                raise ValueError(f"shapes {[value.shape for value in found.values()]}")
+            return found
+        except Exception as error:  # zip, zlib, key and value errors alike mean: not usable
+            warnings.warn(
+                f"the cached spectrum of {self._name} in {self._path} cannot be used ({error}); "
+                "it is computed again",
+                stacklevel=2,
+            )
+            return None
+
+    def write(self, result: Mapping[str, np.ndarray]) -> None:
+        """Keep ``result``, in the place of whatever was there."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(f".{os.getpid()}.{id(result)}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **{_WEIGHTS: np.str_(self._digest)}, **result)  # type: ignore[arg-type]
+        os.replace(temporary, self._path)
