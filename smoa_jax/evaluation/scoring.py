@@ -22,6 +22,7 @@ from smoa_jax.data.tokenizer import special_ids
 from smoa_jax.evaluation.answers import Protocol, Score, score_responses
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig, generate
+from smoa_jax.sharding.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def respond(
             tokens[place, : lengths[place]] = prompts[row]
         batch_key = None if key is None else jax.random.fold_in(key, start)
         result = generate(model, params, tokens, lengths, config, batch_key)
-        produced, counts = np.asarray(result.tokens), np.asarray(result.lengths)
+        produced, counts = fetch((result.tokens, result.lengths))
         for place, row in enumerate(rows):
             ids = produced[place, : counts[place]].tolist()
             responses[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -14,6 +14,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.data.config import DataConfig
 from smoa_jax.models.decoder import REMAT_POLICIES
 from smoa_jax.sharding.mesh import MeshConfig
+from smoa_jax.sharding.processes import DistributedConfig
 from smoa_jax.sharding.rules import DECODER_RULES, parse_rule
 
 DType = Literal["float32", "bfloat16"]
@@ -203,6 +204,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     evaluation: GenerationEvalConfig = dataclasses.field(default_factory=GenerationEvalConfig)
 
     @property

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from smoa_jax.adapter.tree import combine, count_trainable, partition, strip_smoa
 from smoa_jax.adapter.types import Params
@@ -37,6 +38,7 @@ from smoa_jax.data.pipeline import ExamplesIndex, eval_batches
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.evaluation.scoring import answer_questions, check_questions
 from smoa_jax.sharding.mesh import batch_sharding, check_batch
+from smoa_jax.sharding.processes import batch_share, initialize, is_first, together
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.metrics import MetricsWriter, ProgressReport, read_metrics
 from smoa_jax.training.optimizer import make_schedule
@@ -47,6 +49,7 @@ from smoa_jax.training.setup import (
     resume_training,
     saved_state,
     start_training,
+    whole_adapter,
 )
 from smoa_jax.training.step import State, make_eval_step
 
@@ -88,18 +91,19 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         ValueError: (``RunError`` among them) for anything in the way, in one line.
     """
     started = time.monotonic()
+    initialize(config.distributed)
     directory = Path(config.train.output_dir)
-    _check_directory(directory, resume=resume, overwrite=overwrite)
-    tokenizer = load_tokenizer(config.model.path)
-    data = build_data(config.data, tokenizer)
-    steps = config.train.steps or math.ceil(
-        config.train.epochs * len(data.train) / config.train.batch_size
-    )
-    with ProgressReport("loading", 1) as report:
+    with together(), ProgressReport("loading", 1) as report:
+        _check_directory(directory, resume=resume, overwrite=overwrite)
+        tokenizer = load_tokenizer(config.model.path)
+        data = build_data(config.data, tokenizer)
+        steps = config.train.steps or math.ceil(
+            config.train.epochs * len(data.train) / config.train.batch_size
+        )
         loaded = load_model(config)
+        check_batch(loaded.mesh, _eval_batch_size(config), "train.eval_batch_size")
+        _check_data(config, loaded, data)
         report.update(1, str(config.model.path))
-    check_batch(loaded.mesh, _eval_batch_size(config), "train.eval_batch_size")
-    _check_data(config, loaded, data)
     restored = None
     with ProgressReport("planning spectra", 1) as report:
         checkpoints = _open_checkpoints(config, loaded, directory) if resume else None
@@ -111,10 +115,12 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         else:
             training = start_training(config, loaded, steps, progress=report.resize)
             # Nothing is written or deleted before everything that can be refused has been seen.
-            if overwrite and directory.exists():
-                shutil.rmtree(directory)
-            directory.mkdir(parents=True, exist_ok=True)
-            write_config(config, directory / "config.yaml")
+            with together():
+                if is_first():
+                    if overwrite and directory.exists():
+                        shutil.rmtree(directory)
+                    directory.mkdir(parents=True, exist_ok=True)
+                    write_config(config, directory / "config.yaml")
             checkpoints = checkpoints or _open_checkpoints(config, loaded, directory)
     with _Runner(config, loaded, training, data, tokenizer, checkpoints, steps) as runner:
         return runner.run(restored, started=started)
@@ -145,10 +151,9 @@ class _Runner(contextlib.AbstractContextManager):
         self._steps = steps
         self._state: State = training.state
         self._schedule = make_schedule(config, steps)
+        index, count = batch_share(loaded.mesh)
         self._stream = data.train_stream(
-            config.train.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            config.train.batch_size, process_index=index, process_count=count
         )
         self._position: dict[str, Any] = self._stream.state
         self._writer = MetricsWriter(self._directory, tensorboard=config.train.tensorboard)
@@ -177,8 +182,7 @@ class _Runner(contextlib.AbstractContextManager):
         last = (loss, self._accuracy(self._params(), "after"))
         adapter = self._save_adapter()
         summary = self._summary(finished, step, first, last, started, adapter)
-        text = json.dumps(_jsonable(dataclasses.asdict(summary)), indent=2)
-        (self._directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+        self._write("summary.json", json.dumps(_jsonable(dataclasses.asdict(summary)), indent=2))
         self._writer.write("finished", step, _jsonable(dataclasses.asdict(summary)))
         return summary
 
@@ -202,7 +206,7 @@ class _Runner(contextlib.AbstractContextManager):
         pending: tuple[int, dict[str, jax.Array], float] | None = None
         saved = start
         with ProgressReport("training", self._steps, start=start) as report:
-            while step < self._steps and not self._stopping.is_set():
+            while step < self._steps and not self._stop_asked(step):
                 begun = time.monotonic()
                 batch, position = next(self._stream)
                 self._state, metrics = self._training.train_step(
@@ -232,6 +236,12 @@ class _Runner(contextlib.AbstractContextManager):
             if self._stopping.is_set() and step < self._steps:
                 report.say(f"stopped at step {step}, saved; --resume goes on from there")
         return step, eval_loss
+
+    def _stop_asked(self, step: int) -> bool:
+        """Whether SIGTERM came; several processes agree on the step after which they stop."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._stopping.set()
+        return self._stopping.is_set()
 
     def _report(
         self, report: ProgressReport, step: int, metrics: dict[str, jax.Array], begun: float
@@ -304,9 +314,13 @@ class _Runner(contextlib.AbstractContextManager):
                 strict=False,
             )
         ]
-        path = self._directory / f"answers_{which}.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._write(f"answers_{which}.jsonl", "\n".join(lines))
         return score.accuracy
+
+    def _write(self, name: str, text: str) -> None:
+        """A file of the run, by the first process."""
+        if is_first():
+            (self._directory / name).write_text(text + "\n", encoding="utf-8")
 
     def _params(self) -> Params:
         return combine(self._state["trainable"], self._training.frozen)
@@ -319,14 +333,17 @@ class _Runner(contextlib.AbstractContextManager):
 
     def _save_adapter(self) -> str:
         directory = self._directory / "adapter"
-        save_adapter(
-            self._params(),
-            self._config.adapter,
-            directory,
-            base_fingerprint=self._loaded.base.fingerprint,
-            base_name=str(self._config.model.path),
-            overwrite=True,
-        )
+        params = whole_adapter(self._params())
+        with together():
+            if is_first():
+                save_adapter(
+                    params,
+                    self._config.adapter,
+                    directory,
+                    base_fingerprint=self._loaded.base.fingerprint,
+                    base_name=str(self._config.model.path),
+                    overwrite=True,
+                )
         return str(directory)
 
     def _summary(self, finished, step, before, after, started, adapter="") -> Summary:
@@ -371,12 +388,8 @@ def _mean_loss(
     rows: ExamplesIndex,
     step: Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array]],
 ) -> float:
-    batches = eval_batches(
-        rows,
-        _eval_batch_size(config),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    index, count = batch_share(loaded.mesh)
+    batches = eval_batches(rows, _eval_batch_size(config), process_index=index, process_count=count)
     sums = [step(put_batch(batch, loaded)) for batch in batches]
     total, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
     return total / tokens if tokens else math.nan
@@ -436,8 +449,11 @@ def _eval_batch_size(config: RunConfig) -> int:
 
 @contextlib.contextmanager
 def _on_terminate(stopping: threading.Event) -> Iterator[None]:
-    """SIGTERM asks the loop to save and stop after the step it is in."""
-    if threading.current_thread() is not threading.main_thread():
+    """SIGTERM asks the loop to save and stop after the step it is in.
+
+    With several processes JAX itself catches it, and tells the others.
+    """
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield
         return
     previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set())

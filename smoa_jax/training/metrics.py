@@ -10,10 +10,12 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from smoa_jax.sharding.processes import is_first
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,17 +35,22 @@ def read_metrics(directory: Path, event: str) -> Iterator[dict[str, Any]]:
 class MetricsWriter:
     """Appends metrics to ``metrics.jsonl`` and, if asked, to TensorBoard files.
 
+    Of several processes the first one writes; the others' writers do nothing.
+
     Raises:
         ImportError: if TensorBoard is asked for and the extra ``track`` is not installed.
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool = False):
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if not is_first():
+            return
         path = directory / METRICS_FILE
         torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if torn:  # by a process that was killed; its half line must not swallow ours
             self._file.write("\n")
-        self._board: Any = None
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
@@ -56,6 +63,8 @@ class MetricsWriter:
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line: ``{"event", "step", "time", ...values}``."""
+        if self._file is None:
+            return
         record = {"event": event, "step": step, "time": time.time(), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -66,16 +75,20 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 class ProgressReport(contextlib.AbstractContextManager):
-    """A bar with loss, tokens/s, step time and ETA on a terminal; plain lines elsewhere."""
+    """A bar with loss, tokens/s, step time and ETA on a terminal; plain lines elsewhere.
+
+    Of several processes the first one alone shows anything.
+    """
 
     def __init__(self, title: str, total: int, *, start: int = 0, console: Console | None = None):
-        self._console = console or Console()
+        self._console = console or Console(quiet=not is_first())
         self._live = self._console.is_terminal
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),

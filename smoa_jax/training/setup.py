@@ -23,6 +23,7 @@ from smoa_jax.checkpoint.base import AbstractBase, BaseModel, abstract_base, loa
 from smoa_jax.checkpoint.training_state import Restored, TrainingCheckpoints
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.sharding.mesh import check_batch, make_mesh, replicated
+from smoa_jax.sharding.processes import fetch
 from smoa_jax.sharding.rules import activation_constraint, check_heads, param_shardings
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.optimizer import make_optimizer
@@ -158,6 +159,27 @@ def resume_training(
 def saved_state(state: State, frozen: Params) -> dict[str, Any]:
     """What a checkpoint holds: the state, and the frozen leaves of the adapter."""
     return {"run": state, "adapter": adapter_leaves(frozen)}
+
+
+def whole_adapter(params: Params) -> Params:
+    """An adapted tree whose adapter lies whole on this process's devices, as far as it is stored.
+
+    All processes call it; with one process it is the tree itself.
+    """
+    if jax.process_count() == 1:
+        return params
+
+    def visit(node: Any) -> Any:
+        if not is_modulation(node):
+            return node
+        kept = {
+            field.name: jnp.asarray(fetch(getattr(node, field.name)))
+            for field in dataclasses.fields(node)
+            if not field.metadata.get("static") and field.name != "bands"  # never stored
+        }
+        return dataclasses.replace(node, **kept)
+
+    return jax.tree.map(visit, params, is_leaf=is_modulation)
 
 
 def _with_steps(

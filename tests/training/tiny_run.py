@@ -23,6 +23,7 @@ from smoa_jax.data.config import DataConfig, TaskConfig
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import init_params
 from smoa_jax.sharding.mesh import MeshConfig
+from smoa_jax.sharding.processes import DistributedConfig
 from smoa_jax.training.config import (
     GenerationEvalConfig,
     ModelConfig,
@@ -94,6 +95,7 @@ def run_config(base: Path, output: Path, **changes: Any) -> RunConfig:
         "adapter": {"rank": 4, "num_subspaces": 2},
         "optimizer": {"learning_rate": 3e-2, "warmup_steps": 2},
         "mesh": {},
+        "distributed": {},
         "evaluation": {},
     }
     for name, value in changes.items():
@@ -106,6 +108,7 @@ def run_config(base: Path, output: Path, **changes: Any) -> RunConfig:
         adapter=SmoaConfig(**sections["adapter"]),
         optimizer=OptimizerConfig(**sections["optimizer"]),
         mesh=MeshConfig(**sections["mesh"]),
+        distributed=DistributedConfig(**sections["distributed"]),
         evaluation=GenerationEvalConfig(**sections["evaluation"]),
     )
 

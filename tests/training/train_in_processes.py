@@ -1,0 +1,57 @@
+"""A program for the tests: one of several processes of a whole run, as its configuration says.
+
+    python train_in_processes.py ADDRESS COUNT INDEX BASE OUTPUT whole|interrupted|resumed
+
+Interrupted, the last process gets SIGTERM while the others know of nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+
+from smoa_jax.training import loop
+from tests.processes import report
+from tests.training.tiny_run import run_config
+
+#: What a single process must come to as well. Every axis is divided, so that ``fsdp`` stays inside
+#: a process and ``data`` spans them.
+CHANGES = {
+    "train_steps": 6,
+    "train_save_every": 5,
+    "mesh_data": 2,
+    "mesh_fsdp": 2,
+    "mesh_tensor": 2,
+    "evaluation_rows": 3,
+    "evaluation_max_new_tokens": 2,
+}
+
+
+def main() -> None:
+    address, count, index, base, output, mode = sys.argv[1:]
+    config = run_config(
+        base,
+        output,
+        distributed_initialize=True,
+        distributed_coordinator_address=address,
+        distributed_num_processes=int(count),
+        distributed_process_id=int(index),
+        **CHANGES,
+    )
+    if mode == "interrupted" and index != "0":
+        original = loop._Runner._stop_asked
+
+        def interrupted(self, step):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, step)
+
+        loop._Runner._stop_asked = interrupted
+    summary = loop.run(config, resume=mode == "resumed")
+    report(dataclasses.asdict(summary))
+
+
+if __name__ == "__main__":
+    main()
