@@ -1,10 +1,14 @@
 """Eigendecomposition of the Gram matrix against SVD, for speed and for the same partition.
 
     python benchmarks/spectral_planning.py MODEL [--num-subspaces 2 3 4]
+    python benchmarks/spectral_planning.py --shapes 4096x4096 4096x14336 [--svd]
 
 MODEL is a Hugging Face directory or a GGUF file. For every adapted kernel both ways compute the
 spectral scores in float32; float64 SVD is the reference. "The same partition" means the same block
 ids but for coordinates whose score lies within 1e-3 * q of a cut (method.md).
+
+With --shapes instead, random weights: what planning one layer of each shape costs, as
+``plan_spectra`` does it (one BLAS thread, compilation left out), once, with --svd beside an SVD.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
 from smoa_jax.adapter.decompose import layer_scores
@@ -66,20 +71,50 @@ def disagreements(scores, reference, num_subspaces: int, rank: int) -> tuple[int
     return int(differ.sum()), int((differ & ~near).sum())
 
 
+def measure_shapes(shapes: list[str], with_svd: bool) -> None:
+    """Print seconds per layer of random float32 weights,."""
+    ways = {"eigh(Gram)": layer_scores} | ({"SVD": svd_scores} if with_svd else {})
+    generator = np.random.default_rng(0)
+    for text in shapes:
+        inputs, outputs = (int(size) for size in text.split("x"))
+        matrix = jnp.asarray(generator.standard_normal((inputs, outputs), np.float32))
+        seconds = {}
+        for way, function in ways.items():
+            compiled = function.lower(matrix).compile()
+            with threadpool_limits(1):
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(matrix))
+                seconds[way] = time.perf_counter() - start
+        shown = ", ".join(f"{way} {value:.1f} s/layer" for way, value in seconds.items())
+        print(f"{inputs} x {outputs}: {shown}", flush=True)
+
+
 def main() -> None:
     """Print a table: seconds, largest score error, and disagreeing coordinates by M."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--shapes", nargs="+", default=[], metavar="INPUTSxOUTPUTS")
+    parser.add_argument("--svd", action="store_true", help="with --shapes: time an SVD too")
     parser.add_argument("--num-subspaces", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj", "up_proj"])
     parser.add_argument("--layers", type=int, nargs="+", default=[])
     arguments = parser.parse_args()
+    if (arguments.model is None) == (not arguments.shapes):
+        parser.error("got both or neither of MODEL and --shapes; expected one of them")
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
+    if arguments.shapes:
+        measure_shapes(arguments.shapes, arguments.svd)
+    else:
+        measure_model(arguments)
+
+
+def measure_model(arguments: argparse.Namespace) -> None:
+    """Print both ways side by side for the kernels of a real model."""
     base = load_base(arguments.model, dtype=jnp.float32)
     config = SmoaConfig(
         target_modules=arguments.target_modules, layers=tuple(arguments.layers), num_subspaces=2
     )
     ways = {"eigh(Gram)": layer_scores, "SVD": svd_scores}
-    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for target in find_targets(base.params, config):
         kernel = base.params
         for key in (*target.path, target.key):

@@ -22,44 +22,52 @@ def adapter_of(directory: Path) -> dict[str, np.ndarray]:
     return load_file(path)
 
 
+def assert_same_run(one: Path, two: Path):
+    """Metrics and adapter, up to the order in which devices sum."""
+    for event, value in (("train", "loss"), ("eval", "eval_loss"), ("accuracy_after", "accuracy")):
+        left, right = (
+            [record[value] for record in read_metrics(path, event)] for path in (one, two)
+        )
+        assert len(left) == len(right)  # the first process alone writes
+        np.testing.assert_allclose(left, right, rtol=1e-5)
+    left, right = adapter_of(one), adapter_of(two)
+    assert left.keys() == right.keys()
+    for name, values in left.items():
+        np.testing.assert_allclose(right[name], values, atol=1e-4, err_msg=name)
+        if "block" in name:
+            np.testing.assert_array_equal(right[name], values)
+
+
 def test_two_processes_train_what_one_trains(base_dir, tmp_path):
-    run(run_config(base_dir, tmp_path / "one", **CHANGES))
-    outcomes = run_processes(PROGRAM, [base_dir, tmp_path / "two", "whole"])
+    run(run_config(base_dir, tmp_path / "one", **CHANGES["small"]))
+    outcomes = run_processes(PROGRAM, [base_dir, tmp_path / "two", "small", "whole"])
     assert outcomes[0]["finished"]
     assert outcomes[1]["loss_after"] == outcomes[0]["loss_after"]
-    assert outcomes[1]["accuracy_after"] == outcomes[0]["accuracy_after"]
-    for event, value in (("train", "loss"), ("eval", "eval_loss"), ("accuracy_after", "accuracy")):
-        one, two = (
-            [record[value] for record in read_metrics(tmp_path / name, event)]
-            for name in ("one", "two")
-        )
-        assert len(two) == len(one)  # the first process alone writes
-        np.testing.assert_allclose(two, one, rtol=1e-5)
-    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, values in one.items():
-        np.testing.assert_allclose(two[name], values, atol=1e-4, err_msg=name)
-        if "block" in name:
-            np.testing.assert_array_equal(two[name], values)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_processes_stop_together_on_sigterm_and_resume_bit_for_bit(base_dir, tmp_path):
-    run_processes(PROGRAM, [base_dir, tmp_path / "whole", "whole"])
-    stopped = run_processes(PROGRAM, [base_dir, tmp_path / "broken", "interrupted"])
+    run(run_config(base_dir, tmp_path / "one", **CHANGES["full"]))
+    whole = run_processes(PROGRAM, [base_dir, tmp_path / "two", "full", "whole"])
+    assert whole[1]["accuracy_after"] == whole[0]["accuracy_after"]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+    broken = [base_dir, tmp_path / "broken", "full"]
+    stopped = run_processes(PROGRAM, [*broken, "interrupted"])
     assert [outcome["finished"] for outcome in stopped] == [False, False]
-    assert stopped[0]["steps"] == stopped[1]["steps"] < CHANGES["train_steps"]
-    resumed = run_processes(PROGRAM, [base_dir, tmp_path / "broken", "resumed"])
+    assert stopped[0]["steps"] == stopped[1]["steps"] < CHANGES["full"]["train_steps"]
+    resumed = run_processes(PROGRAM, [*broken, "resumed"])
     assert [outcome["finished"] for outcome in resumed] == [True, True]
-    whole, broken = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "broken")
-    for name, values in whole.items():
-        np.testing.assert_array_equal(broken[name], values, err_msg=name)
+    left, right = adapter_of(tmp_path / "two"), adapter_of(tmp_path / "broken")
+    for name, values in left.items():
+        np.testing.assert_array_equal(right[name], values, err_msg=name)
 
 
 def test_what_stops_one_process_stops_all_with_its_message(base_dir, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    finished = start_processes(PROGRAM, [base_dir, tmp_path / "taken", "whole"])
+    finished = start_processes(PROGRAM, [base_dir, tmp_path / "taken", "small", "whole"])
     for status, _, errors in finished:
         assert status != 0
         assert "which is not empty; expected a new directory" in errors

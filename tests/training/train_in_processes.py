@@ -1,8 +1,9 @@
 """A program for the tests: one of several processes of a whole run, as its configuration says.
 
-    python train_in_processes.py ADDRESS COUNT INDEX BASE OUTPUT whole|interrupted|resumed
+    python train_in_processes.py ADDRESS COUNT INDEX BASE OUTPUT SIZE MODE
 
-Interrupted, the last process gets SIGTERM while the others know of nothing.
+SIZE is small or full, MODE whole, interrupted or resumed. Interrupted, the last process gets
+SIGTERM while the others know of nothing.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from smoa_jax.training import loop
 from tests.processes import report
 from tests.training.tiny_run import run_config
 
-#: What a single process must come to as well. Every axis is divided, so that ``fsdp`` stays inside
-#: a process and ``data`` spans them.
+#: What a single process must come to as well. In the full run every axis is divided, ``data`` spans
+#: the processes and questions are answered; the small one is for speed.
 CHANGES = {
-    "train_steps": 6,
-    "train_save_every": 5,
-    "mesh_data": 2,
-    "mesh_fsdp": 2,
-    "mesh_tensor": 2,
-    "evaluation_rows": 3,
-    "evaluation_max_new_tokens": 2,
+    "small": {"train_steps": 3, "adapter_target_modules": ["q_proj", "up_proj"]},
+    "full": {
+        "train_steps": 6,
+        "train_save_every": 5,
+        "mesh_data": 2,
+        "mesh_fsdp": 2,
+        "mesh_tensor": 2,
+        "evaluation_rows": 3,
+        "evaluation_max_new_tokens": 2,
+    },
 }
 
 
 def main() -> None:
-    address, count, index, base, output, mode = sys.argv[1:]
+    address, count, index, base, output, size, mode = sys.argv[1:]
     config = run_config(
         base,
         output,
@@ -38,7 +42,7 @@ def main() -> None:
         distributed_coordinator_address=address,
         distributed_num_processes=int(count),
         distributed_process_id=int(index),
-        **CHANGES,
+        **CHANGES[size],
     )
     if mode == "interrupted" and index != "0":
         original = loop._Runner._stop_asked
