@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from smoa_jax.sharding.processes import DistributedConfig
+from smoa_jax.sharding.processes import DistributedConfig, batch_share
 from smoa_jax.training.loop import run
 from tests.processes import run_processes, start_processes
 from tests.training.tiny_run import read_metrics, run_config
@@ -84,3 +86,33 @@ def test_what_stops_one_process_stops_all_with_its_message(base_dir, tmp_path):
 def test_half_a_cluster_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DistributedConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("axes", "owners", "expected"),
+    [
+        ((2, 2, 1), [0, 0, 1, 1], (1, 2)),
+        ((4, 1, 1), [0, 1, 0, 1], (1, 2)),  # as a torus may order them
+        ((1, 2, 2), [0, 1, 0, 1], (0, 1)),  # tensor spans the processes: all hold all rows
+        ((2, 1, 2), [0, 1, 2, 3], (0, 2)),
+    ],
+)
+def test_processes_share_a_batch_by_the_rows_their_devices_hold(
+    axes, owners, expected, monkeypatch
+):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert batch_share(mesh_of(axes, owners)) == expected
+
+
+def test_rows_that_processes_share_in_part_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"make mesh.tensor a divisor"):
+        batch_share(mesh_of((3, 1, 2), [0, 0, 0, 1, 1, 1]))
+
+
+def mesh_of(axes, owners):
+    """What ``batch_share`` looks at of a mesh whose devices belong to ``owners``."""
+    devices = np.array([SimpleNamespace(process_index=owner) for owner in owners])
+    return SimpleNamespace(
+        devices=devices.reshape(axes),
+        shape=dict(zip(("data", "fsdp", "tensor"), axes, strict=True)),
+    )
