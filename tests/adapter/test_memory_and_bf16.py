@@ -280,7 +280,7 @@ def test_dropout_and_the_weights_cast_keep_nothing_either(member, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_scan_over_layers_keeps_no_stack_but_the_kernels(policy):
-    layers = 3
+    layers = 12  # so that a stack is many times what one layer needs while it runs
     kernels = jnp.asarray(normal((layers, 64, 64), 0) / 8, jnp.float32)
     config = SmoaConfig(rank=4, target_modules=["proj"])
     params = smoa_jax.apply_smoa({"proj": {"kernel": kernels}}, config, jax.random.key(0))
