@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.data.config import DataConfig
 from smoa_jax.models.decoder import REMAT_POLICIES
+from smoa_jax.models.fused_attention import AttentionName
 from smoa_jax.sharding.mesh import MeshConfig
 from smoa_jax.sharding.processes import DistributedConfig
 from smoa_jax.sharding.rules import DECODER_RULES, parse_rule
@@ -34,6 +35,8 @@ class ModelConfig:
         dtype: Of the weights in memory; ``auto`` is float32 on CPU and bfloat16 elsewhere.
         compute_dtype: Of activations; ``auto`` likewise.
         remat: What a layer keeps for its backward pass, by name: one of ``REMAT_POLICIES``.
+        attention: Of whole sequences: ``xla``, everywhere; ``splash``, on a TPU; ``cudnn``, on an
+            NVIDIA GPU; ``auto`` takes what devices, model and row lengths are fit for.
         sharding_rules: Path pattern -> mesh axis of each dimension; empty: the decoder's own.
         spectra_cache: Directory in which spectra are kept between runs; empty: none is kept.
     """
@@ -42,6 +45,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: str = "projections"
+    attention: AttentionName = "auto"
     sharding_rules: dict[str, str] = dataclasses.field(default_factory=lambda: dict(DECODER_RULES))
     spectra_cache: str = ""
 
@@ -56,6 +60,11 @@ class ModelConfig:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
                 f"got model.remat={self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}"
+            )
+        if self.attention not in get_args(AttentionName):
+            raise ValueError(
+                f"got model.attention={self.attention!r}; expected one of "
+                f"{', '.join(get_args(AttentionName))}"
             )
         for pattern, text in self.sharding_rules.items():
             parse_rule(pattern, text)

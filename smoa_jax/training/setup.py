@@ -22,7 +22,8 @@ from smoa_jax.checkpoint.adapter_leaves import abstract_adapter, adapter_leaves,
 from smoa_jax.checkpoint.base import AbstractBase, BaseModel, abstract_base, load_base
 from smoa_jax.checkpoint.training_state import Restored, TrainingCheckpoints
 from smoa_jax.models.decoder import Decoder
-from smoa_jax.sharding.mesh import check_batch, make_mesh, replicated
+from smoa_jax.models.fused_attention import AttentionSharding, choose_attention
+from smoa_jax.sharding.mesh import BATCH_AXES, check_batch, make_mesh, replicated
 from smoa_jax.sharding.processes import fetch
 from smoa_jax.sharding.rules import activation_constraint, check_heads, param_shardings
 from smoa_jax.training.config import RunConfig
@@ -60,7 +61,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     """Read the base of a run onto its mesh.
 
     Raises:
-        ValueError: for a mesh that does not fit the devices, the model or the batch.
+        ValueError: for a mesh or attention that does not fit the devices, the model or the batch.
     """
     mesh = make_mesh(config.mesh)
     part = config.train.batch_size // config.train.accumulate
@@ -69,17 +70,31 @@ def load_model(config: RunConfig) -> LoadedModel:
     abstract = abstract_base(config.model.path, dtype)
     check_heads(abstract.config.num_heads, abstract.config.num_kv_heads, mesh)
     shardings = param_shardings(abstract.params, mesh, config.model.sharding_rules)
+    model = make_decoder(config, abstract, mesh)
     base = load_base(config.model.path, dtype, shardings)
-    return LoadedModel(base=base, model=make_decoder(config, base, mesh), mesh=mesh)
+    return LoadedModel(base=base, model=model, mesh=mesh)
 
 
 def make_decoder(config: RunConfig, base: AbstractBase, mesh: Mesh) -> Decoder:
-    """The decoder of a run, with its remat policy and activation shardings."""
+    """The decoder of a run, with its remat policy, attention and activation shardings.
+
+    Raises:
+        ValueError: for an attention asked for by name that mesh or model cannot have.
+    """
+    dtype = resolve_dtype(config.model.compute_dtype)
     return Decoder(
         config=base.config,
-        dtype=resolve_dtype(config.model.compute_dtype),
+        dtype=dtype,
         remat=config.model.remat,
         constrain=activation_constraint(mesh),
+        fused=choose_attention(
+            config.model.attention,
+            base.config,
+            dtype=dtype,
+            lengths=(*config.data.buckets, config.data.max_length),
+            packed=config.data.pack,
+            sharding=AttentionSharding(mesh=mesh, batch=BATCH_AXES, heads=("tensor",)),
+        ),
     )
 
 

@@ -24,7 +24,7 @@ def kept_sizes(decoder, params, trainable, put) -> list[int]:
 
     _, backward = jax.vjp(loss, trainable)
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, trainable))}
-    kept = [leaf for leaf in jax.tree.leaves(backward) if hasattr(leaf, "shape")]
+    kept = [leaf for leaf in jax.tree.leaves(backward) if hasattr(leaf, "unsafe_buffer_pointer")]
     kept = [leaf for leaf in kept if leaf.unsafe_buffer_pointer() not in own]
     assert kept
     layers = decoder.config.num_layers
