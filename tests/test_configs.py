@@ -29,7 +29,6 @@ from tests.models.real_configs import REAL_MODELS, RealModel
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-COLUMNS = ("model", "task", "adapter", "hardware", "command")
 
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
