@@ -60,8 +60,7 @@ def main() -> int:
     table.add_row("merged model (Hugging Face)", "", merged)
     console.print(table)
     console.print(
-        f"try it:  .venv/bin/smoa generate --model {merged} --template plain "
-        "--prompt '[\"31 @ 86 =\"]'",
+        f"try it:  .venv/bin/smoa generate --model {merged} --template plain --prompt '31 @ 86 ='",
         soft_wrap=True,
         markup=False,
     )

@@ -1,7 +1,7 @@
 """The command line, and the only user of the configuration parser.
 
     smoa train     --config FILE [--section.key VALUE ...] [--resume | --overwrite]
-    smoa evaluate  --config FILE [...] --adapter DIR
+    smoa evaluate  --config FILE [--section.key VALUE ...] --adapter_dir DIR
     smoa generate  --model PATH [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
     smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
     smoa import    --model PATH --peft DIR --output DIR
@@ -13,7 +13,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from smoa_jax import commands
+from smoa_jax.data.rows import BadRowError
 from smoa_jax.training.config import RunConfig
 
 _DESCRIPTIONS = {
@@ -68,10 +71,16 @@ def _run(command: str, arguments: list[str]) -> int:
     _quieten_libraries()
     try:
         return _COMMANDS[command](arguments)
+    except SystemExit as done:  # --help and --print_config, once they have printed
+        return int(done.code or 0)
+    except BadRowError as error:
+        remedy = "mend the row, or set data.on_bad_row=skip to leave such rows out and count them"
+        return _fail(f"{error}; {remedy}")
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; the last checkpoint stands")
+        stands = "; the last checkpoint stands, --resume goes on from it"
+        return _fail("interrupted" + (stands if command == "train" else ""))
 
 
 def _fail(message: str) -> int:
@@ -95,17 +104,49 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise SystemExit(0)
     try:
         return parser.parse_args(list(arguments))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"got a --config file that is not text ({error}); expected YAML in UTF-8"
+        ) from error
     except ArgumentError as error:
-        message = " ".join(str(error).split())
+        message = _reworded(" ".join(str(error).split()))
         known = [action.dest for action in parser._actions]
-        unknown = [word for word in message.replace("'", " ").split() if word.startswith("--")]
-        near = [
-            match
-            for word in unknown
-            for match in difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=1)
-        ]
-        hint = f" (did you mean --{near[0]}?)" if near else ""
-        raise ValueError(f"{message}{hint}; see --help for all options") from error
+        raise ValueError(f"{message}{_hint(message, known)}; see --help for all options") from error
+
+
+def _reworded(message: str) -> str:
+    """The parser's message in the words of our own: got, expected."""
+    wrong = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', message)
+    if wrong:
+        key, kind, value = wrong.groups()
+        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+        if choices:
+            kind = "one of " + choices.group(1).replace("'", "")
+        elif kind in ("<class 'list'>", "<class 'tuple'>"):
+            kind = f"a list, such as '[{value}]'"
+        else:
+            kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
+        return f"got {key}={value}; expected {kind}"
+    empty = re.fullmatch(r"Unexpected config:? ?(.*)", message)
+    if empty:
+        return (
+            f"got a --config file that holds {empty.group(1)[:60]!r}; expected YAML with the "
+            "sections of a run (model, train, data, ...), as in configs/files.yaml"
+        )
+    return message
+
+
+def _hint(message: str, known: Sequence[str]) -> str:
+    """What an option that nobody knows may have been meant to be."""
+    if "nrecognized" not in message:
+        return ""
+    unknown = [word for word in message.replace("'", " ").split() if word.startswith("--")]
+    near = [
+        match
+        for word in unknown
+        for match in difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=1)
+    ]
+    return f" (did you mean --{near[0]}?)" if near else ""
 
 
 def _run_parser(command: str) -> ArgumentParser:
@@ -133,33 +174,80 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
+    if any(word.split("=")[0] == "--adapter" for word in arguments):
+        raise ValueError(
+            "got --adapter, a section of the configuration; expected the adapter's directory under "
+            "--adapter_dir"
+        )
     parser = _run_parser("evaluate")
     parser.add_argument("--adapter_dir", required=True, help="adapter directory of a run")
     parsed = _parse(parser, arguments)
     return commands.evaluate(_run_config(parser, parsed), parsed.adapter_dir)
 
 
-def _simple(command: str, function: Callable[..., int]) -> Callable[[list[str]], int]:
-    """A command whose options are the keyword arguments of a function."""
+def _generate(arguments: list[str]) -> int:
+    parser = _function_parser("generate", commands.generate, skip={"prompt"})
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        required=True,
+        help="a prompt; may be given several times, or as one JSON list of texts",
+    )
+    options: Any = _parse(parser, arguments).as_dict()
+    texts = [text for word in options.pop("prompt") for text in _texts(word)]
+    return commands.generate(prompt=texts, **options)
 
-    def run(arguments: list[str]) -> int:
-        parser = ArgumentParser(
-            prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
-        )
-        parser.add_function_arguments(function, as_positional=False)
-        parsed: Any = _parse(parser, arguments)
-        return function(**parsed.as_dict())
 
-    return run
+def _export(arguments: list[str]) -> int:
+    return _writing("export", commands.export, arguments)
+
+
+def _import(arguments: list[str]) -> int:
+    return _writing("import", commands.import_adapter, arguments)
+
+
+def _writing(command: str, function: Callable[..., int], arguments: list[str]) -> int:
+    """A command that writes a directory, and replaces one only when told by a bare flag."""
+    parser = _function_parser(command, function, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="replace what output holds")
+    return function(**_parse(parser, arguments).as_dict())
+
+
+def _inspect(arguments: list[str]) -> int:
+    parser = _function_parser("inspect", commands.inspect, skip=set())
+    return commands.inspect(**_parse(parser, arguments).as_dict())
+
+
+def _function_parser(
+    command: str, function: Callable[..., int], *, skip: set[str | int]
+) -> ArgumentParser:
+    """A parser whose options are the keyword arguments of a command, but those in ``skip``."""
+    parser = ArgumentParser(
+        prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
+    )
+    parser.add_function_arguments(function, as_positional=False, skip=skip)
+    return parser
+
+
+def _texts(word: str) -> list[str]:
+    """One prompt as it stands, or those of a JSON list of texts."""
+    try:
+        values: Any = json.loads(word) if word.lstrip().startswith("[") else None
+    except json.JSONDecodeError:
+        return [word]
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return values
+    return [word]
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
-    "generate": _simple("generate", commands.generate),
-    "export": _simple("export", commands.export),
-    "import": _simple("import", commands.import_adapter),
-    "inspect": _simple("inspect", commands.inspect),
+    "generate": _generate,
+    "export": _export,
+    "import": _import,
+    "inspect": _inspect,
 }
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,10 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.merge import merge_report, merge_smoa
 from smoa_jax.adapter.tree import find_modulations, strip_smoa
 from smoa_jax.adapter.types import Params
-from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config, save_adapter
+from smoa_jax.checkpoint import adapter_files, huggingface, orbax_export, peft_files
+from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter, save_adapter
 from smoa_jax.checkpoint.base import BaseModel, abstract_base, load_base
+from smoa_jax.checkpoint.directories import check_target
 from smoa_jax.checkpoint.hf_config import is_multimodal
 from smoa_jax.checkpoint.hf_export import export_huggingface
 from smoa_jax.checkpoint.orbax_export import export_orbax
@@ -39,6 +42,7 @@ from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.loop import Summary, held_out_loss, run
+from smoa_jax.training.preparation import check_data, check_vocabulary
 from smoa_jax.training.setup import load_model, place, resolve_dtype
 
 _console = Console(highlight=False)
@@ -49,11 +53,12 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     summary = run(config, resume=resume, overwrite=overwrite)
     if summary.finished:
         _console.print(summary_table(summary))
-        _console.print(f"adapter: {summary.adapter_dir}")
+        _console.print(f"adapter: {summary.adapter_dir}", soft_wrap=True, markup=False)
         _console.print(
             f"next:    smoa export --model {config.model.path} --adapter {summary.adapter_dir} "
             f"--output {config.train.output_dir}/merged",
             soft_wrap=True,
+            markup=False,
         )
     return 0
 
@@ -80,16 +85,17 @@ def summary_table(summary: Summary) -> Table:
 
 def evaluate(config: RunConfig, adapter_dir: str) -> int:
     """Score an adapter on the held-out rows of a run's data: loss, and answers if asked for."""
-    loaded = load_model(config)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(abstract_base(config.model.path).source)
     data = build_data(config.data, tokenizer)
-    params = load_adapter(adapter_dir, loaded.base.params, base_fingerprint=loaded.base.fingerprint)
-    params = place(params, loaded.mesh, config)
     if data.eval is None:
         raise ValueError(
             "got data without held-out rows; expected some; set data.eval_files, data.eval_rows or "
             "data.task.eval_rows"
         )
+    loaded = load_model(config)
+    check_data(config, loaded, data)
+    params = load_adapter(adapter_dir, loaded.base.params, base_fingerprint=loaded.base.fingerprint)
+    params = place(params, loaded.mesh, config)
     loss = held_out_loss(config, loaded, data.eval, params)
     base_loss = held_out_loss(config, loaded, data.eval, strip_smoa(params))
     accuracies = [math.nan, math.nan]
@@ -125,7 +131,7 @@ def generate(
     model: str,
     prompt: list[str],
     adapter: str = "",
-    template: Literal["alpaca", "chat", "plain"] = "chat",
+    template: Literal["auto", "alpaca", "chat", "plain"] = "auto",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -139,7 +145,8 @@ def generate(
         model: Hugging Face directory or GGUF file.
         prompt: A prompt, or a list of them.
         adapter: Adapter directory; empty: the base alone.
-        template: What the prompts are put into; use the one that the adapter was trained with.
+        template: What the prompts are put into; auto: what the adapter was trained with, else the
+            tokenizer's chat template if it has one, else plain.
         max_new_tokens: Longest response.
         temperature: 0: greedy.
         top_p: Share of probability that sampling keeps.
@@ -148,16 +155,22 @@ def generate(
         dtype: Of weights and activations; auto: float32 on CPU, else bfloat16.
     """
     if not prompt:
-        raise ValueError("got no prompt; expected at least one; --prompt '[\"a text\"]'")
+        raise ValueError("got no prompt; expected at least one; give --prompt 'a text'")
     numbers = resolve_dtype(dtype)
     base, params = _load(model, adapter, numbers)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(base.source)
+    if template == "auto":
+        template, reason = _template(adapter, tokenizer)
+        print(f"template: {template} ({reason}); --template chooses another", file=sys.stderr)
     maker = make_template(template, tokenizer)
     ids = special_ids(tokenizer)
+    prompts = [encode_prompt(text, tokenizer, maker) for text in prompt]
+    largest = max(int(tokens.max(initial=0)) for tokens in prompts)
+    check_vocabulary(largest, base.config.vocab_size, model)
     responses = respond(
         Decoder(config=base.config, dtype=numbers),
         params,
-        [encode_prompt(text, tokenizer, maker) for text in prompt],
+        prompts,
         tokenizer,
         GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -175,6 +188,16 @@ def generate(
             _console.print(f"> {text}", style="bold", markup=False)
         _console.print(response, markup=False, soft_wrap=True)
     return 0
+
+
+def _template(adapter: str, tokenizer: Any) -> tuple[Any, str]:
+    """The template that suits an adapter or, without one, the tokenizer; and why."""
+    trained_with = read_adapter(adapter).template if adapter else ""
+    if trained_with:
+        return trained_with, "the adapter was trained with it"
+    if tokenizer.chat_template:
+        return "chat", "the tokenizer has one"
+    return "plain", "the tokenizer has no chat template"
 
 
 def export(
@@ -198,18 +221,25 @@ def export(
         max_shard_bytes: Largest file of a merged Hugging Face model.
         overwrite: Replace what output holds.
     """
+    marker, what = {
+        "huggingface": (huggingface.CONFIG_FILE, "an exported model"),
+        "orbax": (orbax_export.MARKER, "an exported Orbax checkpoint"),
+        "peft": (peft_files.CONFIG_FILE, "a PEFT adapter"),
+    }[format]
+    check_target(
+        Path(output), marker=marker, what=what, overwrite=overwrite, inputs=[model, adapter]
+    )
     base, params = _load(model, adapter, jnp.float32)
     if format == "peft":
-        config = read_adapter_config(adapter)
         export_peft(
             params,
-            config,
+            read_adapter(adapter).config,
             output,
             base_model_name=str(Path(model)),
             hf_module_name=module_naming(base.hf_config),
             overwrite=overwrite,
         )
-        _console.print(f"PEFT adapter: {output}")
+        _console.print(f"PEFT adapter: {output}", soft_wrap=True, markup=False)
         return 0
     target = jnp.dtype(dtype)
     report = merge_report(params, target)
@@ -225,6 +255,7 @@ def export(
             f"warning: rounding to {dtype} disturbs an update by {worst:.0%} of its size; "
             "--dtype float32 keeps it, or serve the adapter unmerged",
             style="yellow",
+            soft_wrap=True,
         )
     write = functools.partial(
         export_huggingface,
@@ -240,10 +271,10 @@ def export(
         dtype=target,
         hf_config=base.hf_config,
         generation_config=base.generation_config,
-        tokenizer=load_tokenizer(model),
+        tokenizer=load_tokenizer(base.source),
         overwrite=overwrite,
     )
-    _console.print(f"merged model: {output}")
+    _console.print(f"merged model: {output}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -256,7 +287,7 @@ def inspect(
     partition: str = "spectral_blocks",
     modulation: str = "weight",
     target_modules: list[str] | str | None = None,
-    layers: list[int] | None = None,
+    layers: list[int] | int | None = None,
     plot: str = "",
 ) -> int:
     """Show targets, counts and, for a trained adapter, the spectra of its updates.
@@ -269,19 +300,25 @@ def inspect(
         partition: As in a run's adapter section.
         modulation: weight or none.
         target_modules: Names, a regular expression, or all-linear; none: the papers' five.
-        layers: Layers whose updates to show; none: all.
+        layers: Layers whose updates to show, one or a list; none: all.
         plot: PNG file for the singular values of the updates.
     """
     if plot and not adapter:
         raise ValueError("got --plot without --adapter; expected a trained adapter to plot")
+    if plot and Path(plot).suffix != ".png":
+        raise ValueError(f"got --plot {plot}; expected a name that ends in .png")
+    abstract = abstract_base(model)
+    params: Params = {}
+    chosen = (layers,) if isinstance(layers, int) else tuple(layers or ())
     if adapter:
-        config = read_adapter_config(adapter)
+        config = read_adapter(adapter).config
+        _check_layers(chosen, abstract.config.num_layers)
+        _, params = _load(model, adapter, jnp.float32)
     else:
         options: dict[str, Any] = {"partition": partition, "modulation": modulation}
         if target_modules is not None:
             options["target_modules"] = target_modules
         config = SmoaConfig(rank=rank, num_subspaces=num_subspaces, **options)
-    abstract = abstract_base(model)
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
     rows = target_rows(abstract.params, config)
     table = Table(title=f"{config.partition}, modulation {config.modulation}, rank {config.rank}")
@@ -295,31 +332,36 @@ def inspect(
     trained = sum(row.trainable for row in rows)
     _console.print(f"trained {trained:,} of {total:,} base parameters: {trained / total:.3%}")
     if adapter:
-        _, params = _load(model, adapter, jnp.float32)
-        _show_updates(params, tuple(layers or ()), plot)
+        _show_updates(params, chosen, plot)
     return 0
+
+
+def _check_layers(layers: tuple[int, ...], depth: int) -> None:
+    if any(not 0 <= layer < depth for layer in layers):
+        raise ValueError(f"got --layers {list(layers)}; expected indices from 0 to {depth - 1}")
 
 
 def _show_updates(params: Params, layers: tuple[int, ...], plot: str) -> None:
     spectra = update_spectra(params, layers)
     table = Table(title="updates W' - W")
-    for column in ("kernel", "layer", "rank", "norm / |W|", "largest", "median", "smallest"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for column in ("kernel", "layer", "rank", "norm / |W|", "largest", "median"):
+        justify = "left" if column == "kernel" else "right"
+        table.add_column(column, justify=justify, no_wrap=column == "kernel")
     for spectrum in spectra:
         values = spectrum.singular_values
-        middle = values[len(values) // 2]
-        numbers = (f"{value:.2e}" for value in (values[0], middle, values[-1]))
         table.add_row(
-            spectrum.name,
+            spectrum.name.removeprefix("layers."),
             str(spectrum.layer),
             f"{spectrum.rank} of {len(values)}",
             f"{spectrum.relative_norm:.2%}",
-            *numbers,
+            f"{values[0]:.2e}",
+            f"{values[len(values) // 2]:.2e}",
         )
     _console.print(table)
     if plot:
+        Path(plot).parent.mkdir(parents=True, exist_ok=True)
         plot_spectra(spectra, plot)
-        _console.print(f"plot: {plot}")
+        _console.print(f"plot: {plot}", soft_wrap=True, markup=False)
 
 
 def _load(model: str, adapter: str, dtype: Any) -> tuple[BaseModel, Params]:
@@ -343,6 +385,13 @@ def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = Fals
         output: Adapter directory to write; must not hold anything.
         overwrite: Replace the adapter that output holds.
     """
+    check_target(
+        Path(output),
+        marker=adapter_files.CONFIG_FILE,
+        what="an adapter",
+        overwrite=overwrite,
+        inputs=[model, peft],
+    )
     base = load_base(model, resolve_dtype("auto"))
     params, config = import_peft(peft, base.params)
     save_adapter(
@@ -355,5 +404,6 @@ def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = Fals
     )
     kind = "HiRA" if config.modulation == "weight" else "LoRA"
     kernels = len(find_modulations(params))
-    _console.print(f"{kind} of rank {config.rank} on {kernels} kernels; adapter: {output}")
+    _console.print(f"{kind} of rank {config.rank} on {kernels} kernels")
+    _console.print(f"adapter: {output}", soft_wrap=True, markup=False)
     return 0

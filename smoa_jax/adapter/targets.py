@@ -79,6 +79,7 @@ def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
         )
     used_patterns: set[str] = set()
     targets = []
+    depth = 0  # of the deepest stack among those chosen
     for name in sorted(chosen):
         path, key, leaf, text = names[name]
         rank = config.rank
@@ -88,13 +89,15 @@ def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
                 used_patterns.add(pattern)
                 break
         view = view_of(text, len(leaf.shape), name)
-        selected = _selected_layers(config.layers, name, view.matrix_shape(leaf.shape)[:-2])
+        leading = view.matrix_shape(leaf.shape)[:-2]
+        depth = max(depth, *leading, 0)
+        selected = _selected_layers(config.layers, name, leading)
         if any(selected):
             ranks = config.subspace_ranks(rank, name)
             target = Target(path, key, tuple(leaf.shape), view, text, rank, ranks, selected)
             targets.append(target)
     _require_all_used("rank_pattern", config.rank_pattern, used_patterns, kernels)
-    _check_layers(config.layers, targets)
+    _check_layers(config.layers, targets, depth)
     for target in targets:
         check_capacity(target, config)
     return targets
@@ -163,26 +166,33 @@ def _match(field: str, wanted: str | Sequence[str], names: list[str]) -> set[str
             return {n for n in names if not _HEADS_AND_EMBEDDINGS & set(n.split("."))}
         chosen = {name for name in names if re.fullmatch(wanted, name)}
         if not chosen:
-            raise ValueError(_nothing_matches(field, wanted, names))
+            raise ValueError(_nothing_matches(field, wanted, names, is_regex=True))
         return chosen
     chosen: set[str] = set()
     for suffix in wanted:
         matched = {name for name in names if name == suffix or name.endswith("." + suffix)}
         if not matched:
-            raise ValueError(_nothing_matches(field, suffix, names))
+            raise ValueError(_nothing_matches(field, suffix, names, is_regex=False))
         chosen |= matched
     return chosen
 
 
-def _nothing_matches(field: str, pattern: str, names: list[str]) -> str:
+def _nothing_matches(field: str, pattern: str, names: list[str], *, is_regex: bool) -> str:
     last = {name.rsplit(".", 1)[-1] for name in names}
+    if is_regex and any(name.endswith("." + pattern) for name in names):
+        listed = f", or a list such as ['{pattern}']" if field.endswith("modules") else ""
+        return (
+            f"got {field} {pattern!r}, which matches no kernel, since a regular expression must "
+            f"match a whole dotted path; expected one such as '.*\\.{pattern}'{listed}"
+        )
     near = difflib.get_close_matches(pattern, sorted(last | set(names)), n=3, cutoff=0.4)
     seen = ", ".join(near) if near else ", ".join(sorted(last)[:12]) or "no kernels at all"
     word = "near misses" if near else "kernels there are"
+    kinds = "a regular expression for a whole dotted path"
+    if field.endswith("modules"):
+        kinds = f"the end of a dotted path (in a list), {kinds} (a string) or 'all-linear'"
     return (
-        f"got {field} entry {pattern!r}, which matches no kernel; expected the end of a dotted "
-        f"path (in a list), a regular expression for a whole path (a string) or 'all-linear'; "
-        f"{word}: {seen}"
+        f"got {field} entry {pattern!r}, which matches no kernel; expected {kinds}; {word}: {seen}"
     )
 
 
@@ -190,7 +200,7 @@ def _require_all_used(field: str, patterns, used: set[str], kernels) -> None:
     for pattern in patterns:
         if pattern not in used:
             names = [".".join(path) for path, *_ in kernels]
-            raise ValueError(_nothing_matches(field, pattern, names))
+            raise ValueError(_nothing_matches(field, pattern, names, is_regex=True))
 
 
 def _selected_layers(
@@ -205,10 +215,9 @@ def _selected_layers(
     return (not numbers or int(numbers[0]) in layers,)
 
 
-def _check_layers(layers: tuple[int, ...], targets: list[Target]) -> None:
+def _check_layers(layers: tuple[int, ...], targets: list[Target], depth: int) -> None:
     if not layers:
         return
-    depth = max((len(t.selected) for t in targets if t.leading), default=0)
     if not targets or (depth and max(layers) >= depth):
         raise ValueError(
             f"got layers={layers}; expected indices below {depth}, the number of stacked layers"

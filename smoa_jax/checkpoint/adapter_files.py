@@ -1,8 +1,8 @@
 """An adapter as a directory of its own: small, complete, and bound to one base.
 
     adapter.safetensors   layers/self_attn/q_proj/a, .../b, .../in_block, ...  as in the tree
-    adapter.json          format version, adapter config, base fingerprint and name, counts,
-                          SHA-256 of the other file
+    adapter.json          format version, adapter config, base fingerprint and name, prompt
+                          template, counts, SHA-256 of the other file
 
 Tensors are stored as the tree holds them, padding included, so that they come back bit for bit.
 Block ids are whole numbers in the file. Spectral bands are not stored but recomputed from the base
@@ -52,6 +52,7 @@ _FIELDS = {
     "num_base": int,
     "sha256": str,
 }
+_OPTIONAL = {"template": ""}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class AdapterDescription:
     num_trained: int
     num_base: int
     sha256: str  # of the tensors' file
+    template: str = ""  # that prompts were put into for training; empty: not said
 
 
 def save_adapter(
@@ -73,6 +75,7 @@ def save_adapter(
     *,
     base_fingerprint: str,
     base_name: str,
+    template: str = "",
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter, without its base.
@@ -86,6 +89,7 @@ def save_adapter(
         directory: To be made; holds all of the adapter or nothing, whenever the process dies.
         base_fingerprint: Of the base model.
         base_name: For people; not checked.
+        template: Name of the prompt template of its training, for who generates with it.
         overwrite: Replace an adapter; any other occupied directory is refused still.
 
     Returns:
@@ -106,6 +110,7 @@ def save_adapter(
         "config": dataclasses.asdict(config),
         "base_fingerprint": base_fingerprint,
         "base_name": base_name,
+        "template": template,
         "num_trained": count_parameters(params),
         "num_base": sum(leaf.size for leaf in jax.tree.leaves(base)),
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -156,7 +161,8 @@ def load_adapter(
         raise CheckpointError(
             f"{source}: an adapter for the base {description.base_name} with fingerprint "
             f"{description.base_fingerprint[:16]}, got one with {base_fingerprint[:16]}; expected "
-            "the base that it was trained on; use force to load it onto another one all the same"
+            "the base that it was trained on: name that one (load_adapter takes force=True to "
+            "load it onto another all the same)"
         )
     tensors = _read_tensors(source / TENSORS_FILE, description.sha256)
     leaves = {name: jnp.asarray(_from_file(name, value)) for name, value in tensors.items()}
@@ -182,18 +188,20 @@ def read_adapter(directory: str | Path) -> AdapterDescription:
     path = Path(directory).expanduser() / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{path.parent}: no {CONFIG_FILE} in it; expected a directory that save_adapter wrote"
+            f"{path.parent}: no {CONFIG_FILE} in it; expected an adapter's directory, such as "
+            "the adapter/ in a run's output_dir"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = _OPTIONAL | json.loads(path.read_text(encoding="utf-8"))
         if fields["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: got adapter format {fields['format_version']}; expected "
                 f"{FORMAT_VERSION}; read it with the version of smoa_jax that wrote it"
             )
-        wrong = [name for name, kind in _FIELDS.items() if not isinstance(fields[name], kind)]
-        if wrong or set(fields) != set(_FIELDS):
-            raise ValueError(f"wrong fields {sorted(set(wrong) | set(fields) ^ set(_FIELDS))}")
+        known = _FIELDS | {name: type(value) for name, value in _OPTIONAL.items()}
+        wrong = [name for name, kind in known.items() if not isinstance(fields[name], kind)]
+        if wrong or set(fields) != set(known):
+            raise ValueError(f"wrong fields {sorted(set(wrong) | set(fields) ^ set(known))}")
         del fields["format_version"]
         return AdapterDescription(**{**fields, "config": SmoaConfig(**fields["config"])})
     except CheckpointError:

@@ -4,11 +4,64 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from smoa_jax.checkpoint.errors import CheckpointError
+
+
+def check_target(
+    target: Path,
+    *,
+    marker: str,
+    what: str,
+    overwrite: bool,
+    inputs: Iterable[str | Path] = (),
+) -> bool:
+    """Refuse an output directory before any work is done for it; True if it will be replaced.
+
+    Args:
+        target: The directory to be made.
+        marker: The file that tells such a directory from any other; without it an occupied
+            directory is never replaced.
+        what: What the directory holds, for messages: "an adapter".
+        overwrite: Whether to replace one.
+        inputs: What the work reads: never replaced, whatever ``overwrite`` says.
+
+    Raises:
+        CheckpointError: if the directory is occupied.
+    """
+    target = target.expanduser().absolute()
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if not occupied:
+        return False
+    check_apart(target, inputs)
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} already exists and isn't empty; expected a new directory: choose another, "
+            f"or say overwrite to replace {what} in it"
+        )
+    if not (target / marker).is_file():
+        raise CheckpointError(
+            f"{target} holds no {marker}, so it isn't {what}; expected one to overwrite: choose "
+            "another directory or empty this one yourself"
+        )
+    return True
+
+
+def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse a directory to be replaced that is, or holds, something that is still read.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    for source in inputs:
+        if Path(source).expanduser().resolve().is_relative_to(target.expanduser().resolve()):
+            raise CheckpointError(
+                f"got {target} as the directory to write, and to read {source}, which it would "
+                "replace; expected them apart: choose another directory"
+            )
 
 
 @contextmanager
@@ -17,26 +70,15 @@ def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool)
 
     Args:
         target: Made, with its parents; refused if it holds anything, unless ``overwrite``.
-        marker: The file that tells such a directory from any other; without it an occupied
-            directory is never replaced.
-        what: What the directory holds, for messages: "an adapter".
-        overwrite: Whether to replace one.
+        marker: As for ``check_target``.
+        what: Likewise.
+        overwrite: Likewise.
 
     Raises:
         CheckpointError: if the directory is occupied.
     """
     target = target.expanduser().absolute()
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not overwrite:
-        raise CheckpointError(
-            f"{target} already exists and isn't empty; expected a new directory: choose another, "
-            f"or say overwrite to replace {what} in it"
-        )
-    if occupied and not (target / marker).is_file():
-        raise CheckpointError(
-            f"{target} holds no {marker}, so it isn't {what}; expected one to overwrite: choose "
-            "another directory or empty this one yourself"
-        )
+    occupied = check_target(target, marker=marker, what=what, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     draft = target.with_name(f".{target.name}.draft-{mark}")

@@ -37,8 +37,8 @@ from smoa_jax.models.config import DecoderConfig
 #: The Orbax checkpoint inside an exported directory.
 PARAMS_DIRECTORY = "params"
 
-# A file that Orbax writes into every checkpoint.
-_MARKER = f"{PARAMS_DIRECTORY}/_METADATA"
+#: A file that Orbax writes into every checkpoint, by which an exported directory is known.
+MARKER = f"{PARAMS_DIRECTORY}/_METADATA"
 _HOST_GIGABYTES = 1
 
 
@@ -92,7 +92,7 @@ def export_orbax(
     )
     check_params(params, config)
     with replaced_directory(
-        target, marker=_MARKER, what="an exported Orbax checkpoint", overwrite=overwrite
+        target, marker=MARKER, what="an exported Orbax checkpoint", overwrite=overwrite
     ) as draft:
         _write_params(dict(params), draft / PARAMS_DIRECTORY, jnp.dtype(dtype))
         files.write(draft)

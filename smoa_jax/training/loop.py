@@ -32,16 +32,34 @@ from jax.experimental import multihost_utils
 from smoa_jax.adapter.tree import combine, count_trainable, partition, strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.adapter_files import save_adapter
-from smoa_jax.checkpoint.training_state import Identity, Restored, TrainingCheckpoints
+from smoa_jax.checkpoint.base import abstract_base
+from smoa_jax.checkpoint.training_state import Restored, TrainingCheckpoints
 from smoa_jax.data.config import Data, build_data
 from smoa_jax.data.pipeline import ExamplesIndex, eval_batches
 from smoa_jax.data.tokenizer import load_tokenizer
-from smoa_jax.evaluation.scoring import answer_questions, check_questions
-from smoa_jax.sharding.mesh import batch_sharding, check_batch
+from smoa_jax.evaluation.scoring import answer_questions
+from smoa_jax.sharding.mesh import batch_sharding
 from smoa_jax.sharding.processes import batch_share, initialize, is_first, together
 from smoa_jax.training.config import RunConfig
-from smoa_jax.training.metrics import MetricsWriter, ProgressReport, read_metrics
+from smoa_jax.training.metrics import (
+    MetricsWriter,
+    ProgressReport,
+    read_metrics,
+    require_tensorboard,
+)
 from smoa_jax.training.optimizer import make_schedule
+from smoa_jax.training.preparation import (
+    CONFIG_FILE,
+    RunError,
+    changed_settings,
+    check_data,
+    check_directory,
+    check_steps,
+    describe_data,
+    eval_batch_size,
+    open_checkpoints,
+    write_config,
+)
 from smoa_jax.training.setup import (
     LoadedModel,
     Training,
@@ -52,10 +70,6 @@ from smoa_jax.training.setup import (
     whole_adapter,
 )
 from smoa_jax.training.step import State, make_eval_step
-
-
-class RunError(ValueError):
-    """A run that cannot start or go on, in one line for people."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,24 +108,30 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
     initialize(config.distributed)
     directory = Path(config.train.output_dir)
     with together(), ProgressReport("loading", 1) as report:
-        _check_directory(directory, resume=resume, overwrite=overwrite)
-        tokenizer = load_tokenizer(config.model.path)
+        check_directory(config, resume=resume, overwrite=overwrite)
+        if config.train.tensorboard:
+            require_tensorboard()
+        tokenizer = load_tokenizer(abstract_base(config.model.path).source)
         data = build_data(config.data, tokenizer)
         steps = config.train.steps or math.ceil(
             config.train.epochs * len(data.train) / config.train.batch_size
         )
+        report.say(describe_data(data))
         loaded = load_model(config)
-        check_batch(loaded.mesh, _eval_batch_size(config), "train.eval_batch_size")
-        _check_data(config, loaded, data)
+        check_data(config, loaded, data)
         report.update(1, str(config.model.path))
     restored = None
     with ProgressReport("planning spectra", 1) as report:
-        checkpoints = _open_checkpoints(config, loaded, directory) if resume else None
+        checkpoints = open_checkpoints(config, loaded, directory) if resume else None
         # A run that was killed before its first checkpoint resumes from its beginning.
-        if checkpoints is not None and checkpoints.latest_step() is not None:
+        latest = checkpoints.latest_step() if checkpoints is not None else None
+        if checkpoints is not None and latest is not None:
+            check_steps(steps, latest)
             training, restored = resume_training(
                 config, loaded, steps, checkpoints, progress=report.resize
             )
+            for change in changed_settings(config, directory / CONFIG_FILE):
+                report.say(f"resuming with another setting, {change}")
         else:
             training = start_training(config, loaded, steps, progress=report.resize)
             # Nothing is written or deleted before everything that can be refused has been seen.
@@ -120,16 +140,10 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
                     if overwrite and directory.exists():
                         shutil.rmtree(directory)
                     directory.mkdir(parents=True, exist_ok=True)
-                    write_config(config, directory / "config.yaml")
-            checkpoints = checkpoints or _open_checkpoints(config, loaded, directory)
+                    write_config(config, directory / CONFIG_FILE)
+            checkpoints = checkpoints or open_checkpoints(config, loaded, directory)
     with _Runner(config, loaded, training, data, tokenizer, checkpoints, steps) as runner:
         return runner.run(restored, started=started)
-
-
-def write_config(config: RunConfig, path: Path) -> None:
-    """The resolved configuration, as YAML (JSON is YAML), to run again."""
-    text = json.dumps(dataclasses.asdict(config), indent=2, default=list)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 class _Runner(contextlib.AbstractContextManager):
@@ -170,6 +184,7 @@ class _Runner(contextlib.AbstractContextManager):
         if restored is not None:
             start, self._position = restored.step, restored.data_position
             self._stream.restore(restored.data_position)
+            write_config(self._config, self._directory / CONFIG_FILE)
         self._writer.write("start", start, {"data": self._data.counts, "steps": self._steps})
         first = self._before(start)
         with _on_terminate(self._stopping):
@@ -342,6 +357,7 @@ class _Runner(contextlib.AbstractContextManager):
                     directory,
                     base_fingerprint=self._loaded.base.fingerprint,
                     base_name=str(self._config.model.path),
+                    template=self._config.data.template,
                     overwrite=True,
                 )
         return str(directory)
@@ -389,62 +405,10 @@ def _mean_loss(
     step: Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array]],
 ) -> float:
     index, count = batch_share(loaded.mesh)
-    batches = eval_batches(rows, _eval_batch_size(config), process_index=index, process_count=count)
+    batches = eval_batches(rows, eval_batch_size(config), process_index=index, process_count=count)
     sums = [step(put_batch(batch, loaded)) for batch in batches]
     total, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
     return total / tokens if tokens else math.nan
-
-
-def _open_checkpoints(
-    config: RunConfig, loaded: LoadedModel, directory: Path
-) -> TrainingCheckpoints:
-    return TrainingCheckpoints(
-        directory / "checkpoints",
-        keep_last=config.train.keep_last,
-        keep_best=config.train.keep_best,
-        identity=Identity(
-            adapter_config=dataclasses.asdict(config.adapter),
-            base_fingerprint=loaded.base.fingerprint,
-        ),
-    )
-
-
-def _check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
-    """Refuse data that the model or the evaluation would only trip over later."""
-    largest = max(int(rows.examples.tokens.max()) for rows in (data.train, data.eval) if rows)
-    vocabulary = loaded.base.config.vocab_size
-    if largest >= vocabulary:
-        raise RunError(
-            f"got token id {largest} from the tokenizer of {config.model.path} for a model with "
-            f"{vocabulary} embeddings; expected smaller ids; use the tokenizer of this model"
-        )
-    check_questions(data.questions, config.evaluation.rows)
-
-
-def _check_directory(directory: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise RunError("got both resume and overwrite; expected one of them")
-    holds_run = directory.exists() and any(directory.iterdir())
-    if resume and not (directory / "config.yaml").exists():
-        raise RunError(
-            f"got resume for {directory}, which holds no run (no config.yaml); expected the "
-            "directory of an interrupted run; leave --resume out to start one"
-        )
-    if holds_run and overwrite and not (directory / "config.yaml").exists():
-        raise RunError(
-            f"got overwrite for {directory}, which is not empty but holds no run "
-            "(no config.yaml); expected a run's directory; choose another, or empty it yourself"
-        )
-    if holds_run and not (overwrite or resume):
-        raise RunError(
-            f"got train.output_dir={directory}, which is not empty; expected a new directory; "
-            "--resume goes on with the run there, --overwrite deletes it"
-        )
-
-
-def _eval_batch_size(config: RunConfig) -> int:
-    train = config.train
-    return train.eval_batch_size or train.batch_size // train.accumulate
 
 
 @contextlib.contextmanager

@@ -32,6 +32,22 @@ def read_metrics(directory: Path, event: str) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+def require_tensorboard() -> Any:
+    """tensorboardX's writer class.
+
+    Raises:
+        ImportError: if the extra ``track`` is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "got train.tensorboard=true without tensorboardX; expected the extra 'track'; "
+            "pip install 'smoa-jax[track]', or set it to false"
+        ) from error
+    return SummaryWriter
+
+
 class MetricsWriter:
     """Appends metrics to ``metrics.jsonl`` and, if asked, to TensorBoard files.
 
@@ -52,14 +68,7 @@ class MetricsWriter:
         if torn:  # by a process that was killed; its half line must not swallow ours
             self._file.write("\n")
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    "got train.tensorboard=true without tensorboardX; expected the extra 'track'; "
-                    "pip install 'smoa-jax[track]', or set it to false"
-                ) from error
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+            self._board = require_tensorboard()(str(directory / "tensorboard"))
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line: ``{"event", "step", "time", ...values}``."""
@@ -126,4 +135,4 @@ class ProgressReport(contextlib.AbstractContextManager):
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
