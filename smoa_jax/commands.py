@@ -159,9 +159,10 @@ def generate(
     numbers = resolve_dtype(dtype)
     base, params = _load(model, adapter, numbers)
     tokenizer = load_tokenizer(base.source)
+    note = ""
     if template == "auto":
         template, reason = _template(adapter, tokenizer)
-        print(f"template: {template} ({reason}); --template chooses another", file=sys.stderr)
+        note = f"template: {template} ({reason}); --template chooses another"
     maker = make_template(template, tokenizer)
     ids = special_ids(tokenizer)
     prompts = [encode_prompt(text, tokenizer, maker) for text in prompt]
@@ -183,6 +184,8 @@ def generate(
         batch_size=len(prompt),
         key=jax.random.key(seed),
     )
+    if note:
+        print(note, file=sys.stderr)
     for text, response in zip(prompt, responses, strict=True):
         if len(prompt) > 1:
             _console.print(f"> {text}", style="bold", markup=False)

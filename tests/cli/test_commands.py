@@ -1,0 +1,299 @@
+"""Every command of ``smoa`` on a tiny base: what a user types, and what is then on the screen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter, save_adapter
+from smoa_jax.checkpoint.base import load_base
+from smoa_jax.cli import main
+from smoa_jax.models.decoder import Decoder
+from tests.cli.tiny import COLOURS, refusal
+
+TOKENS = np.random.default_rng(3).integers(0, 280, (2, 12))
+
+
+def shown(capsys, arguments, status=0):
+    """What a command prints on standard output and error."""
+    capsys.readouterr()
+    assert main([str(word) for word in arguments]) == status
+    return capsys.readouterr()
+
+
+def generate(capsys, place, *words, adapter=True):
+    options = ["--adapter", place.adapter] if adapter else []
+    return shown(
+        capsys, ["generate", "--model", place.base, *options, "--max_new_tokens", 6, *words]
+    )
+
+
+def export(place, output, *words):
+    return ["export", "--model", place.base, "--adapter", place.adapter, "--output", output, *words]
+
+
+def numbers_of(text, label):
+    """The last two cells of a table's row."""
+    row = next(line for line in text.splitlines() if label in line)
+    return [cell.strip() for cell in row.strip("│ ").split("│")][-2:]
+
+
+def adapted_logits(place):
+    base = load_base(place.base)
+    params = load_adapter(place.adapter, base.params, base_fingerprint=base.fingerprint)
+    apply = jax.jit(Decoder(config=base.config, dtype=jnp.float32).apply)
+    return tuple(
+        np.asarray(apply({"params": tree}, jnp.asarray(TOKENS))) for tree in (params, base.params)
+    )
+
+
+def with_factors_times(place, directory, factor):
+    """A copy of the trained adapter whose updates are ``factor`` times as large."""
+    base = load_base(place.base)
+    params = load_adapter(place.adapter, base.params, base_fingerprint=base.fingerprint)
+    scaled = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * factor if getattr(path[-1], "name", "") == "b" else leaf, params
+    )
+    save_adapter(
+        scaled,
+        read_adapter(place.adapter).config,
+        directory,
+        base_fingerprint=base.fingerprint,
+        base_name="scaled",
+    )
+    return directory
+
+
+# ------------------------------------------------------------------------------ train, evaluate
+
+
+def test_training_shows_its_data_and_its_table_and_what_comes_next(trained):
+    text = trained.printed
+    summary = json.loads((trained.run / "summary.json").read_text())
+    assert "data: 32 rows to train on, 8 held out" in text
+    assert numbers_of(text, "held-out loss") == [
+        f"{summary['loss_before']:.4f}",
+        f"{summary['loss_after']:.4f}",
+    ]
+    assert numbers_of(text, "accuracy on 8 held-out rows") == ["0.0%", "100.0%"]
+    # 14 kernels of 2 layers, rank 8 in two blocks: half of (inputs + outputs) * 8 each.
+    sizes = [(32, 64), (32, 32), (32, 32), (64, 32), (32, 48), (32, 48), (48, 32)]
+    trained_parameters = 2 * sum((i + o) * 4 for i, o in sizes)
+    assert f"{trained_parameters:,} (" in text
+    assert f"smoa export --model {trained.base} --adapter {trained.adapter}" in text
+
+
+def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
+    trained, capsys, one_device
+):
+    words = ["--config", trained.run / "config.yaml", "--adapter_dir", trained.adapter]
+    text = shown(capsys, ["evaluate", *words]).out
+    summary = json.loads((trained.run / "summary.json").read_text())
+    assert numbers_of(text, "│ loss") == [
+        f"{summary['loss_before']:.4f}",
+        f"{summary['loss_after']:.4f}",
+    ]
+    assert numbers_of(text, "accuracy on 8 rows") == ["0.0%", "100.0%"]
+
+
+# ------------------------------------------------------------------------------------- generate
+
+
+def test_generate_answers_with_the_adapter_and_not_without(trained, capsys):
+    for thing, colour in COLOURS.items():
+        assert generate(capsys, trained, "--prompt", f"{thing} 7").out == f"{colour}\n"
+    base = generate(capsys, trained, "--prompt", "sky 7", adapter=False).out
+    assert not any(colour in base for colour in COLOURS.values())
+
+
+def test_several_prompts_in_either_form_are_answered_in_order(trained, capsys):
+    words = ["--prompt", "sky 1", "--prompt", '["leaf 2", "sky 31"]', "--prompt", "leaf 4"]
+    lines = generate(capsys, trained, *words).out.splitlines()
+    answers = {"sky 1": "blue", "leaf 2": "green", "sky 31": "blue", "leaf 4": "green"}
+    assert lines == [line for pair in answers.items() for line in (f"> {pair[0]}", pair[1])]
+
+
+def test_sampling_repeats_with_its_seed_and_differs_without(trained, capsys):
+    def sample(seed, top_p=1.0):
+        words = ["--prompt", "sky 7", "--temperature", 3, "--seed", seed, "--top_p", top_p]
+        return generate(capsys, trained, *words).out
+
+    drawn = [sample(seed) for seed in (1, 2, 3)]
+    assert sample(1) == drawn[0]
+    assert len(set(drawn)) > 1
+    assert sample(1, top_p=0.01) == "blue\n"  # nothing but the likeliest token is left
+
+
+def test_beams_find_the_answer_and_refuse_to_be_sampled(trained, capsys):
+    words = ["--prompt", "leaf 7", "--num_beams", 3]
+    assert generate(capsys, trained, *words).out == "green\n"
+    arguments = ["generate", "--model", trained.base, *words, "--temperature", 1]
+    assert "sampling and beam search" in refusal(capsys, arguments)
+
+
+def test_generate_uses_the_template_that_the_adapter_was_trained_with(trained, capsys, tmp_path):
+    remembered = generate(capsys, trained, "--prompt", "sky 7")
+    assert remembered.err.startswith("template: plain (the adapter was trained with it)")
+    assert generate(capsys, trained, "--prompt", "sky 7", "--template", "plain").err == ""
+    # Alpaca's prompt does not fit the 64 positions of the tiny base: a sign that it was used.
+    adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
+    description = json.loads((adapter / "adapter.json").read_text())
+    (adapter / "adapter.json").write_text(json.dumps(description | {"template": "alpaca"}))
+    words = ["--adapter", adapter, "--prompt", "sky 7", "--max_new_tokens", 6]
+    arguments = ["generate", "--model", trained.base, *words]
+    assert re.search(r"prompt of \d\d\d tokens", refusal(capsys, arguments))
+    # An adapter from before templates were remembered falls back, and says so.
+    del description["template"]
+    (adapter / "adapter.json").write_text(json.dumps(description))
+    assert "no chat template" in shown(capsys, arguments).err
+
+
+def test_generate_without_a_choice_takes_the_chat_template_that_there_is(trained, capsys, tmp_path):
+    model = shutil.copytree(trained.base, tmp_path / "base")
+    template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    arguments = ["generate", "--model", model, "--prompt", "sky 7", "--max_new_tokens", 6]
+    chat = shown(capsys, arguments)
+    assert chat.err.startswith("template: chat (")
+    # This chat template writes what the plain one writes.
+    assert shown(capsys, [*arguments, "--template", "plain"]).out == chat.out
+
+
+# --------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parity
+def test_the_merged_export_gives_the_adapted_logits_in_transformers(trained, capsys, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    text = shown(capsys, export(trained, tmp_path / "merged")).out
+    assert f"merged model: {tmp_path / 'merged'}" in text
+    assert "warning" not in text
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert model.dtype == torch.float32
+    with torch.no_grad():
+        theirs = model(torch.tensor(TOKENS)).logits.numpy()
+    adapted, plain = adapted_logits(trained)
+    np.testing.assert_allclose(theirs, adapted, atol=1e-3)
+    assert np.abs(theirs - plain).max() > 0.1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prompt = tokenizer("sky 7\n", return_tensors="pt").input_ids
+    answer = model.generate(
+        prompt, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id
+    )[0, prompt.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "blue"
+
+
+def test_the_merged_export_answers_like_the_adapter_in_one_file_or_several(
+    trained, capsys, tmp_path
+):
+    output = tmp_path / "merged"
+    shown(capsys, export(trained, output, "--max_shard_bytes", 60_000))
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    arguments = ["generate", "--model", output, "--prompt", "leaf 7", "--max_new_tokens", 6]
+    assert shown(capsys, arguments).out == "green\n"
+    shown(capsys, export(trained, output, "--overwrite"))
+    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert shown(capsys, arguments).out == "green\n"
+
+
+def test_a_bf16_export_reports_its_rounding_and_warns_of_a_gentle_adapter(
+    trained, capsys, tmp_path
+):
+    gentle = with_factors_times(trained, tmp_path / "gentle", 1e-3)
+    losses = []
+    for adapter in (gentle, trained.adapter):
+        output = tmp_path / f"{adapter.name}-merged"
+        words = ["--adapter", adapter, "--output", output, "--dtype", "bfloat16"]
+        text = shown(capsys, ["export", "--model", trained.base, *words]).out
+        lost, passed = numbers_of(text, "layers.self_attn.q_proj")
+        losses.append(float(lost.rstrip("%")))
+        assert re.fullmatch(r"\d+\.\d\d%", passed)
+        assert ("warning: rounding to bfloat16" in text) == (adapter == gentle)
+        assert ("--dtype float32 keeps it" in text) == (adapter == gentle)
+        written = json.loads((output / "config.json").read_text())
+        assert "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
+    assert losses[0] > 50 > 5 > losses[1]
+
+
+@pytest.mark.parity
+def test_the_peft_export_gives_the_adapted_logits_in_peft(trained, capsys, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    output = tmp_path / "peft"
+    text = shown(capsys, export(trained, output, "--format", "peft")).out
+    assert text == f"PEFT adapter: {output}\n"
+    named = json.loads((output / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(trained.base)
+    base = transformers.AutoModelForCausalLM.from_pretrained(trained.base)
+    model = peft.PeftModel.from_pretrained(base, output).eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(theirs, adapted_logits(trained)[0], atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_counts_what_an_adapter_would_train(trained, capsys):
+    words = ["--rank", 4, "--num_subspaces", 2, "--target_modules", '["q_proj", "down_proj"]']
+    text = shown(capsys, ["inspect", "--model", trained.base, *words]).out
+    assert "layers.self_attn.q_proj" in text
+    assert "layers.mlp.down_proj" in text
+    assert "k_proj" not in text
+    count = 2 * ((32 + 64) * 2 + (48 + 32) * 2)
+    total = sum(leaf.size for leaf in jax.tree.leaves(load_base(trained.base).params))
+    assert f"trained {count:,} of {total:,} base parameters: {count / total:.3%}" in text
+
+
+def test_inspect_shows_full_rank_updates_of_a_low_rank_adapter(trained, capsys, tmp_path):
+    """The method's point: rank 8 factors, updates of the full rank of 32."""
+    plot = tmp_path / "new" / "spectra.png"
+    words = ["--adapter", trained.adapter, "--layers", 1, "--plot", plot]
+    text = shown(capsys, ["inspect", "--model", trained.base, *words]).out
+    rows = [line for line in text.splitlines() if " of 32 " in line]
+    assert len(rows) == 7  # kernels of layer 1, each named in full
+    assert any("self_attn.q_proj" in row for row in rows)
+    assert all(int(re.search(r"(\d+) of 32", row)[1]) > 16 for row in rows)
+    assert f"plot: {plot}" in text
+    data = plot.read_bytes()
+    assert data[:16] == b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+    assert data[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width > 400
+    assert height > 400
+
+
+# ----------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--config", "--model.path", "--adapter.rank", "--resume", "--overwrite"]),
+        ("evaluate", ["--config", "--adapter_dir", "--evaluation.rows"]),
+        ("generate", ["--model", "--prompt TEXT", "--adapter", "--template", "--num_beams"]),
+        ("export", ["--model", "--adapter", "--output", "--format", "--dtype", "--overwrite"]),
+        ("inspect", ["--model", "--adapter", "--target_modules", "--layers", "--plot"]),
+    ],
+)
+def test_help_of_a_command_names_its_options(capsys, command, options):
+    text = shown(capsys, [command, "--help"]).out
+    assert text.startswith(f"usage: smoa {command}")
+    for option in options:
+        assert option in text
+
+
+def test_help_lists_the_commands_and_so_does_a_mistyped_one(capsys):
+    text = shown(capsys, ["--help"]).out
+    for command in ("train", "evaluate", "generate", "export", "inspect"):
+        assert f"smoa {command}" in text
+    assert "did you mean export?" in refusal(capsys, ["exprot"])
