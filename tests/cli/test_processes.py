@@ -27,11 +27,11 @@ def place(tmp_path, base):
     place = write_place(tmp_path, base)
     text = place.config.read_text()
     for old, new in {
-        "steps: 80": "steps: 200",
-        "save_every: 40": "save_every: 10",
+        "steps: 120": "steps: 200",
+        "save_every: 60": "save_every: 10",
         "eval_rows: 8": "eval_rows: 0",
         "\n  rows: 8": "\n  rows: 0",
-        "target_modules: all-linear": "target_modules: [q_proj, down_proj]\n  dropout: 0.1",
+        "rank: 8": "rank: 8\n  dropout: 0.1",
     }.items():
         assert old in text
         text = text.replace(old, new)

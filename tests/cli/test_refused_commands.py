@@ -29,7 +29,7 @@ RESUMED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "fewer steps than it has taken": (
         ["--train.steps", "30"],
-        ["30 steps to resume from step 80", "raise train.steps"],
+        ["30 steps to resume from step 120", "raise train.steps"],
     ),
 }
 

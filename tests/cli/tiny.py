@@ -22,14 +22,14 @@ model:
   path: {base}
 train:
   output_dir: {run}
-  steps: 80
+  steps: 120
   batch_size: 8
   loss_chunk: 10
-  save_every: 40
+  save_every: 60
 adapter:
   rank: 8
   num_subspaces: 2
-  target_modules: all-linear
+  target_modules: [q_proj, down_proj]
 data:
   source: files
   train_files: [{rows}]
