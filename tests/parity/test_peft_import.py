@@ -182,5 +182,6 @@ def test_smoa_import_writes_an_adapter_that_the_other_commands_take(checkpoint, 
 
     assert main(["import", *paths]) == 2
     assert "already exists" in capsys.readouterr().err
-    assert main(["import", paths[0], f"--peft={checkpoint}", paths[2]]) == 2
+    elsewhere = f"--output={tmp_path / 'elsewhere'}"
+    assert main(["import", paths[0], f"--peft={checkpoint}", elsewhere]) == 2
     assert "no adapter_config.json" in capsys.readouterr().err
