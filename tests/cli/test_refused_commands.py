@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from smoa_jax.sharding import mesh
+from smoa_jax.training import setup
 from tests.cli.damage import make_another_base
 from tests.cli.tiny import check_refused
 
@@ -172,6 +174,13 @@ COMMANDS = {
         ["8 held-out questions", "evaluation.rows=9"],
     ),
 }
+
+
+def test_evaluation_batches_that_the_mesh_does_not_divide_are_refused(trained, capsys, monkeypatch):
+    monkeypatch.setattr(setup, "make_mesh", mesh.make_mesh)  # all eight devices
+    arguments = ["evaluate", "--config", trained.config, "--adapter_dir", trained.adapter]
+    words = ["train.eval_batch_size=3", "multiple of 8"]
+    check_refused(capsys, [*arguments, "--train.eval_batch_size", 3], words, [trained.run])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
