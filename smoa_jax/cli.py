@@ -199,19 +199,16 @@ def _generate(arguments: list[str]) -> int:
     return commands.generate(prompt=texts, **options)
 
 
-def _export(arguments: list[str]) -> int:
-    return _writing("export", commands.export, arguments)
+def _writing(command: str, function: Callable[..., int]) -> Callable[[list[str]], int]:
+    """A command that writes a directory, with ``--overwrite`` as a plain flag."""
 
+    def run(arguments: list[str]) -> int:
+        parser = _function_parser(command, function, skip={"overwrite"})
+        parser.add_argument("--overwrite", action="store_true", help="replace what output holds")
+        options: Any = _parse(parser, arguments)
+        return function(**options.as_dict())
 
-def _import(arguments: list[str]) -> int:
-    return _writing("import", commands.import_adapter, arguments)
-
-
-def _writing(command: str, function: Callable[..., int], arguments: list[str]) -> int:
-    """A command that writes a directory, and replaces one only when told by a bare flag."""
-    parser = _function_parser(command, function, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace what output holds")
-    return function(**_parse(parser, arguments).as_dict())
+    return run
 
 
 def _inspect(arguments: list[str]) -> int:
@@ -245,8 +242,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
-    "export": _export,
-    "import": _import,
+    "export": _writing("export", commands.export),
+    "import": _writing("import", commands.import_adapter),
     "inspect": _inspect,
 }
 

@@ -407,6 +407,9 @@ def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = Fals
     )
     kind = "HiRA" if config.modulation == "weight" else "LoRA"
     kernels = len(find_modulations(params))
-    _console.print(f"{kind} of rank {config.rank} on {kernels} kernels")
-    _console.print(f"adapter: {output}", soft_wrap=True, markup=False)
+    _console.print(
+        f"{kind} of rank {config.rank} on {kernels} kernels; adapter: {output}",
+        soft_wrap=True,
+        markup=False,
+    )
     return 0

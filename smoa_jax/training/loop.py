@@ -113,10 +113,10 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
             require_tensorboard()
         tokenizer = load_tokenizer(abstract_base(config.model.path).source)
         data = build_data(config.data, tokenizer)
+        report.say(describe_data(data))
         steps = config.train.steps or math.ceil(
             config.train.epochs * len(data.train) / config.train.batch_size
         )
-        report.say(describe_data(data))
         loaded = load_model(config)
         check_data(config, loaded, data)
         report.update(1, str(config.model.path))
@@ -184,7 +184,8 @@ class _Runner(contextlib.AbstractContextManager):
         if restored is not None:
             start, self._position = restored.step, restored.data_position
             self._stream.restore(restored.data_position)
-            write_config(self._config, self._directory / CONFIG_FILE)
+            if is_first():
+                write_config(self._config, self._directory / CONFIG_FILE)
         self._writer.write("start", start, {"data": self._data.counts, "steps": self._steps})
         first = self._before(start)
         with _on_terminate(self._stopping):

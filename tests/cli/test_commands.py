@@ -252,6 +252,17 @@ def test_a_bf16_export_reports_its_rounding_and_warns_of_a_gentle_adapter(
     assert losses[0] > 50 > 5 > losses[1]
 
 
+def test_an_adapter_that_goes_to_peft_and_back_answers_the_same(trained, capsys, tmp_path):
+    shown(capsys, export(trained, tmp_path / "peft", "--format", "peft"))
+    words = ["--peft", tmp_path / "peft", "--output", tmp_path / "back"]
+    text = shown(capsys, ["import", "--model", trained.base, *words]).out
+    assert text == f"HiRA of rank 8 on 2 kernels; adapter: {tmp_path / 'back'}\n"
+    words = ["--adapter", tmp_path / "back", "--prompt", "leaf 7", "--max_new_tokens", 6]
+    printed = shown(capsys, ["generate", "--model", trained.base, *words])
+    assert printed.out == "green\n"
+    assert printed.err.startswith("template: plain (the tokenizer has no chat template)")
+
+
 @pytest.mark.parity
 def test_the_peft_export_gives_the_adapted_logits_in_peft(trained, capsys, tmp_path):
     torch = pytest.importorskip("torch")
@@ -310,6 +321,7 @@ def test_inspect_shows_full_rank_updates_of_a_low_rank_adapter(trained, capsys, 
         ("evaluate", ["--config", "--adapter_dir", "--evaluation.rows"]),
         ("generate", ["--model", "--prompt TEXT", "--adapter", "--template", "--num_beams"]),
         ("export", ["--model", "--adapter", "--output", "--format", "--dtype", "--overwrite"]),
+        ("import", ["--model", "--peft", "--output", "--overwrite"]),
         ("inspect", ["--model", "--adapter", "--target_modules", "--layers", "--plot"]),
     ],
 )
@@ -322,6 +334,6 @@ def test_help_of_a_command_names_its_options(capsys, command, options):
 
 def test_help_lists_the_commands_and_so_does_a_mistyped_one(capsys):
     text = shown(capsys, ["--help"]).out
-    for command in ("train", "evaluate", "generate", "export", "inspect"):
+    for command in ("train", "evaluate", "generate", "export", "import", "inspect"):
         assert f"smoa {command}" in text
     assert "did you mean export?" in refusal(capsys, ["exprot"])

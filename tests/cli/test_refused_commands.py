@@ -117,9 +117,12 @@ def test_an_export_replaces_a_model_when_told_and_nothing_else(finished, model, 
     check_refused(capsys, [*export, mine, *told], words, [mine])
     words = ["would replace", "choose another directory"]
     for output in (model, model / ".", finished.adapter, finished.run):
-        for kind in ("huggingface", "peft"):
+        for kind in ("huggingface", "orbax", "peft"):
             options = [output, "--format", kind, *told]
             check_refused(capsys, [*export, *options], words, [model, finished.run])
+    words_of_import = ["import", "--model", model, "--peft", finished.adapter, "--output"]
+    for output in (model, finished.adapter, finished.run):
+        check_refused(capsys, [*words_of_import, output, *told], words, [model, finished.run])
     link = tmp_path / "link"
     link.symlink_to(model)
     check_refused(capsys, [*export, link, *told], words, [model])

@@ -210,7 +210,7 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["without tokenizer.json"]),
     "a broken tokenizer": (
         lambda m: (m / "tokenizer.json").write_text("{"),
-        ["cannot read a tokenizer"],
+        ["cannot read a tokenizer", "download it again"],
     ),
     "no configuration": (lambda m: (m / "config.json").unlink(), ["no config.json"]),
     "embeddings of a smaller vocabulary": (
