@@ -40,6 +40,7 @@ from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spe
 from smoa_jax.evaluation.scoring import answer_questions, respond
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig
+from smoa_jax.sharding.processes import is_first
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.loop import Summary, held_out_loss, run
 from smoa_jax.training.preparation import check_data, check_vocabulary
@@ -51,7 +52,7 @@ _console = Console(highlight=False)
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> int:
     """Train, then show what came of it."""
     summary = run(config, resume=resume, overwrite=overwrite)
-    if summary.finished:
+    if summary.finished and is_first():
         _console.print(summary_table(summary))
         _console.print(f"adapter: {summary.adapter_dir}", soft_wrap=True, markup=False)
         _console.print(
