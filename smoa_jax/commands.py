@@ -35,7 +35,7 @@ from smoa_jax.checkpoint.peft_names import module_naming
 from smoa_jax.data.config import build_data
 from smoa_jax.data.encode import encode_prompt
 from smoa_jax.data.templates import make_template
-from smoa_jax.data.tokenizer import load_tokenizer, special_ids
+from smoa_jax.data.tokenizer import SpecialIds, load_tokenizer, special_ids
 from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectra
 from smoa_jax.evaluation.scoring import answer_questions, respond
 from smoa_jax.models.decoder import Decoder
@@ -268,18 +268,29 @@ def export(
     )
     if format == "orbax":
         write = export_orbax
+    tokenizer = load_tokenizer(base.source)
     write(
         merge_smoa(params, target),
         base.config,
         output,
         dtype=target,
         hf_config=base.hf_config,
-        generation_config=base.generation_config,
-        tokenizer=load_tokenizer(base.source),
+        generation_config=_with_stops(base.generation_config, special_ids(tokenizer)),
+        tokenizer=tokenizer,
         overwrite=overwrite,
     )
     _console.print(f"merged model: {output}", soft_wrap=True, markup=False)
     return 0
+
+
+def _with_stops(generation_config: dict[str, Any], ids: SpecialIds) -> dict[str, Any]:
+    """The source's own; if it names no EOS, which other tools would never stop at, with ours."""
+    if generation_config.get("eos_token_id") is not None:
+        return generation_config
+    own = {"eos_token_id": list(ids.eos), "pad_token_id": ids.pad}
+    if ids.bos >= 0:
+        own["bos_token_id"] = ids.bos
+    return {**own, **{key: value for key, value in generation_config.items() if value is not None}}
 
 
 def inspect(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from smoa_jax.checkpoint.errors import listed
-from smoa_jax.checkpoint.hf_config import config_to_hf
+from smoa_jax.checkpoint.hf_config import config_to_hf, text_fields
 from smoa_jax.checkpoint.huggingface import CONFIG_FILE, GENERATION_FILE
 from smoa_jax.checkpoint.names import TensorSlot, flatten_tree, tensor_slots
 from smoa_jax.models.config import DecoderConfig
@@ -82,7 +82,8 @@ def plan_files(
         config: Of the decoder.
         dtype: Of the weights on disk, float32 or bfloat16.
         hf_config: The source's own ``config.json``, kept whole except for the dtype.
-        generation_config: The source's own; None stands for the token ids of ``hf_config``.
+        generation_config: The source's own; None or an empty one stands for the token ids of
+            ``hf_config``.
         tokenizer: As ``ModelFiles`` has it.
         tokenizer_files: Files to copy.
         reserved: Names that the weights take.
@@ -95,8 +96,9 @@ def plan_files(
     if name not in _DTYPES:
         raise ValueError(f"got dtype {name}; expected one of {', '.join(_DTYPES)}")
     fields = config_to_hf(config, hf_config, dtype=name)
-    if generation_config is None:
-        generation_config = {key: fields[key] for key in _TOKEN_IDS if fields.get(key) is not None}
+    if not generation_config:  # an empty file would hide the ids that the config names
+        text = text_fields(fields)
+        generation_config = {key: text[key] for key in _TOKEN_IDS if text.get(key) is not None}
     copied = [Path(file) for file in tokenizer_files]
     own = {CONFIG_FILE, GENERATION_FILE, *reserved}
     for file in copied:

@@ -137,9 +137,17 @@ def test_only_one_shard_is_in_host_memory_when_it_is_written(tmp_path, params, m
 
 def test_generation_config_is_the_sources_or_its_token_ids(tmp_path, params):
     source = {**CONFIG, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
-    export_huggingface(params, DECODER, tmp_path / "a", dtype=jnp.float32, hf_config=source)
-    written = json.loads((tmp_path / "a/generation_config.json").read_text())
-    assert written == {"bos_token_id": 1, "eos_token_id": [2, 3]}
+    for name, none in (("a", None), ("empty", {})):  # as of a directory without the file
+        export_huggingface(
+            params,
+            DECODER,
+            tmp_path / name,
+            dtype=jnp.float32,
+            hf_config=source,
+            generation_config=none,
+        )
+        written = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert written == {"bos_token_id": 1, "eos_token_id": [2, 3]}
     export_huggingface(
         params, DECODER, tmp_path / "b", dtype=jnp.float32, generation_config={"top_p": 0.9}
     )
