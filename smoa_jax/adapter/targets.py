@@ -80,6 +80,7 @@ def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
     used_patterns: set[str] = set()
     targets = []
     depth = 0  # of the deepest stack among those chosen
+    numbers: set[int] = set()  # of the layers that are not stacked
     for name in sorted(chosen):
         path, key, leaf, text = names[name]
         rank = config.rank
@@ -91,13 +92,15 @@ def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
         view = view_of(text, len(leaf.shape), name)
         leading = view.matrix_shape(leaf.shape)[:-2]
         depth = max(depth, *leading, 0)
+        if not leading:
+            numbers |= _layer_number(name)
         selected = _selected_layers(config.layers, name, leading)
         if any(selected):
             ranks = config.subspace_ranks(rank, name)
             target = Target(path, key, tuple(leaf.shape), view, text, rank, ranks, selected)
             targets.append(target)
     _require_all_used("rank_pattern", config.rank_pattern, used_patterns, kernels)
-    _check_layers(config.layers, targets, depth)
+    _check_layers(config.layers, targets, {*range(depth), *numbers})
     for target in targets:
         check_capacity(target, config)
     return targets
@@ -211,16 +214,24 @@ def _selected_layers(
         return (True,) * (leading[0] if leading else 1)
     if leading:
         return tuple(index in layers for index in range(leading[0]))
-    numbers = re.findall(r"(?:^|[._])(\d+)(?=\.|$)", name)
-    return (not numbers or int(numbers[0]) in layers,)
+    return (_layer_number(name) <= set(layers),)
 
 
-def _check_layers(layers: tuple[int, ...], targets: list[Target], depth: int) -> None:
+def _layer_number(name: str) -> set[int]:
+    """The index of an unstacked layer, if the path holds a number."""
+    return {int(number) for number in re.findall(r"(?:^|[._])(\d+)(?=\.|$)", name)[:1]}
+
+
+def _check_layers(layers: tuple[int, ...], targets: list[Target], known: set[int]) -> None:
     if not layers:
         return
-    if not targets or (depth and max(layers) >= depth):
+    unknown = [layer for layer in layers if layer not in known]
+    if known and unknown:
         raise ValueError(
-            f"got layers={layers}; expected indices below {depth}, the number of stacked layers"
-            if depth
-            else f"got layers={layers}, which select no layer; expected indices of existing layers"
+            f"got layers={layers}, of which {', '.join(map(str, unknown))} is no layer of the "
+            f"targeted kernels; expected indices from {min(known)} to {max(known)}"
+        )
+    if unknown or not targets:
+        raise ValueError(
+            f"got layers={layers}, which select no layer; expected indices of existing layers"
         )

@@ -1,0 +1,43 @@
+"""Whatever a configuration asks for and does not find is an error, never a silent miss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.targets import find_targets
+
+
+def unstacked(*indices: int) -> dict:
+    """A tree with a module per layer, as models without ``nn.scan`` have it."""
+    kernel = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    return {f"layers_{index}": {"q_proj": {"kernel": kernel}} for index in indices}
+
+
+def config(**changes) -> SmoaConfig:
+    return SmoaConfig(rank=4, **({"target_modules": ["q_proj"]} | changes))
+
+
+def test_layers_of_an_unstacked_tree_are_those_whose_path_holds_the_index():
+    found = find_targets(unstacked(0, 1, 10), config(layers=(1, 10)))
+    assert [target.name for target in found] == ["layers_1.q_proj", "layers_10.q_proj"]
+
+
+@pytest.mark.parametrize("layers", [(0, 7), (7,)])
+def test_a_layer_that_an_unstacked_tree_lacks_is_refused(layers):
+    with pytest.raises(ValueError, match=r"of which 7 is no layer .* from 0 to 2"):
+        find_targets(unstacked(0, 1, 2), config(layers=layers))
+
+
+def test_a_layer_beyond_the_stack_is_refused():
+    stacked = {"layers": {"q_proj": {"kernel": jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)}}}
+    assert find_targets(stacked, config(layers=(0, 2)))[0].selected == (True, False, True)
+    with pytest.raises(ValueError, match=r"of which 3, 4 is no layer .* from 0 to 2"):
+        find_targets(stacked, config(layers=(0, 3, 4)))
+
+
+def test_layers_of_a_tree_without_any_are_refused():
+    with pytest.raises(ValueError, match=r"layers=\(0,\)"):
+        find_targets({"q_proj": unstacked(0)["layers_0"]["q_proj"]}, config(layers=(0,)))
