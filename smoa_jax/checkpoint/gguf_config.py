@@ -220,7 +220,10 @@ class GgufMetadata:
 
     def _rope(self, factors: np.ndarray | None) -> dict[str, Any]:
         base = {"rope_theta": self._rope_base()}
-        kind = self.own("rope.scaling.type", "none")
+        # As llama.cpp reads them: a factor without a type is linear, in older files too.
+        key = "rope.scaling.factor"
+        factor = self.real(key if self.own(key) is not None else "rope.scale_linear", 0.0)
+        kind = self.own("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")
         if factors is not None:
             if kind != "none":
                 raise CheckpointError(
@@ -230,8 +233,7 @@ class GgufMetadata:
             return {**base, **rope_scaling_fields(self._llama3_scaling(factors))}
         if kind == "none":
             return base
-        factor = self.real("rope.scaling.factor")
-        return {**base, "rope_scaling": {"rope_type": kind, "factor": factor}}
+        return {**base, "rope_scaling": {"rope_type": kind, "factor": factor or None}}
 
     def _rope_base(self) -> float:
         return self.real("rope.freq_base", 1e6 if self.architecture == "gemma3" else 10000.0)

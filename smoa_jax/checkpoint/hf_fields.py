@@ -9,6 +9,7 @@ from smoa_jax.checkpoint.errors import CheckpointError, listed
 from smoa_jax.models.config import RopeScaling
 
 _ROPE_TYPES = ("default", "linear", "llama3")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def read_rope(
@@ -27,6 +28,8 @@ def read_rope(
             continue
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{source}: {key} is {short(rope)}; expected an object")
+        if fields.get(_ORIGINAL) is not None:  # transformers lets the outer one win
+            rope = {**rope, _ORIGINAL: fields[_ORIGINAL]}
         scalings[key] = read_rope_scaling(
             rope, fields["max_position_embeddings"], f"{source}: {key}"
         )
@@ -49,6 +52,12 @@ def read_rope_scaling(rope: Mapping[str, Any], max_positions: int, where: str) -
         raise CheckpointError(
             f"{where} has rope_type {short(kind)}; expected one of {', '.join(_ROPE_TYPES)}"
         )
+    by_layer = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if by_layer:
+        raise CheckpointError(
+            f"{where} differs by kind of layer ({listed(by_layer)}); expected one rotary embedding "
+            "for all layers, as every model of this type has"
+        )
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise CheckpointError(f"{where} rotates a part of each head; expected all of it")
     if kind == "default":
@@ -56,13 +65,13 @@ def read_rope_scaling(rope: Mapping[str, Any], max_positions: int, where: str) -
     factor = positive(rope, "factor", where)
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)
-    original = {"original_max_position_embeddings": max_positions, **rope}
+    original = {_ORIGINAL: max_positions, **rope}
     return RopeScaling(
         kind="llama3",
         factor=factor,
         low_freq_factor=positive(rope, "low_freq_factor", where),
         high_freq_factor=positive(rope, "high_freq_factor", where),
-        original_max_positions=whole(original, "original_max_position_embeddings", where),
+        original_max_positions=whole(original, _ORIGINAL, where),
     )
 
 

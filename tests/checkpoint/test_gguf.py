@@ -191,8 +191,15 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path, factor):
     assert config_from_hf(base.hf_config) == base.config
 
 
-def test_linear_scaling_is_read_from_the_metadata(tmp_path):
-    extra = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+    ],
+)
+def test_linear_scaling_is_read_from_the_metadata(tmp_path, extra):
     path = write_gguf(tmp_path / "m.gguf", CONFIG, llama_tensors(CONFIG), extra=extra)
     assert load_base(path).config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
 

@@ -80,6 +80,12 @@ def test_older_spelling_of_linear_scaling_is_read():
     assert config.rope_scaling == RopeScaling(kind="linear", factor=2.0)
 
 
+def test_an_original_length_outside_of_the_scaling_wins_as_in_transformers():
+    fields = {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}
+    config = config_from_hf({**CONFIG, **fields})
+    assert config.rope_scaling.original_max_positions == 32
+
+
 def test_llama3_scaling_without_its_original_length_takes_the_models():
     rope = {key: value for key, value in LLAMA3.items() if not key.startswith("original")}
     config = config_from_hf({**CONFIG, "rope_scaling": rope})
@@ -106,6 +112,7 @@ def test_llama3_scaling_without_its_original_length_takes_the_models():
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "expected 0 < low < high"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "a part of each head"),
+        ({"rope_parameters": {"full_attention": LLAMA3}}, "differs by kind of layer (full_"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta, rope_parameters contradict"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "contradict"),
         ({"vocab_size": None}, "vocab_size is missing; expected a whole number"),
