@@ -110,9 +110,15 @@ class OptimizerConfig:
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 or more")
-        for name in ("beta1", "beta2", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 to 1")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"got optimizer.final_fraction={self.final_fraction}; expected 0 to 1")
+        for name in ("beta1", "beta2"):  # at 1 a moment would never move, and its bias divide by 0
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"got optimizer.{name}={getattr(self, name)}; expected 0 to below 1"
+                )
+        if not self.epsilon > 0:
+            raise ValueError(f"got optimizer.epsilon={self.epsilon}; expected a positive number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

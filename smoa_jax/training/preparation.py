@@ -75,6 +75,26 @@ def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
     largest = max(int(rows.examples.tokens.max()) for rows in (data.train, data.eval) if rows)
     check_vocabulary(largest, loaded.base.config.vocab_size, config.model.path)
     check_questions(data.questions, config.evaluation.rows)
+    _check_positions(config, loaded.base.config.max_positions, data)
+
+
+def _check_positions(config: RunConfig, max_positions: int, data: Data) -> None:
+    """Refuse rows and questions with more positions than the model was pretrained on."""
+    longest = max(int(rows.examples.lengths.max()) for rows in (data.train, data.eval) if rows)
+    if longest > max_positions:
+        raise RunError(
+            f"got a row of {longest} tokens for a model of {max_positions} positions; expected at "
+            f"most as many; lower data.max_length={config.data.max_length}"
+        )
+    settings = config.evaluation
+    prompts = data.questions.prompts[: settings.rows]
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if prompts and longest + settings.max_new_tokens > max_positions:
+        raise RunError(
+            f"got a held-out question of {longest} tokens and evaluation.max_new_tokens="
+            f"{settings.max_new_tokens} for a model of {max_positions} positions; expected at most "
+            "as many together; lower evaluation.max_new_tokens or data.max_length"
+        )
 
 
 def check_vocabulary(largest: int, vocab_size: int, model: str) -> None:

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from smoa_jax.adapter.tree import strip_smoa
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.training import loop
+from smoa_jax.training.config import OptimizerConfig
 from smoa_jax.training.loop import RunError, run
-from tests.training.tiny_run import read_metrics, run_config
+from tests.training.tiny_run import read_metrics, run_config, write_base
 
 
 @pytest.fixture
@@ -134,3 +135,28 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(
     assert not np.asarray(b).any()
     skipped = read_metrics(tmp_path / "run")
     assert any(record.get("skipped") == 2 for record in skipped)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data_max_length": 200, "data_template": "alpaca"}, "for a model of 16 positions"),
+        (
+            {"evaluation_rows": 4, "evaluation_max_new_tokens": 15, "evaluation_before": False},
+            "evaluation.max_new_tokens=15 for a model of 16 positions",
+        ),
+    ],
+)
+def test_rows_and_answers_longer_than_the_model_are_refused_before_anything_is_written(
+    tmp_path, one_device, changes, words
+):
+    base = write_base(tmp_path / "base", max_positions=16)
+    with pytest.raises(RunError, match=words):
+        run(run_config(base, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{"beta1": 1.0}, {"beta2": 1.0}, {"epsilon": 0.0}])
+def test_moments_that_would_divide_by_zero_are_refused(changes):
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(changes))}="):
+        OptimizerConfig(**changes)
