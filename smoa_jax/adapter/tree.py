@@ -17,6 +17,7 @@ Nothing else changes, no model class is known, and abstract trees work as concre
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from typing import Any
 
@@ -309,6 +310,9 @@ def _kernel_key(module: Params, modulation: Modulation, name: str) -> str:
     ]
     if "kernel" in candidates:
         return "kernel"
+    if len(candidates) > 1:  # a bias may have several axes too
+        size = modulation.scale.size * modulation.a.shape[-2] * modulation.b.shape[-2]
+        candidates = [key for key in candidates if math.prod(module[key].shape) == size]
     if len(candidates) != 1:
         raise ValueError(
             f"got {len(candidates)} kernels beside the adapter of {name}; expected one; keep the "

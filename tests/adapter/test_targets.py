@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import smoa_jax
+
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.targets import find_targets
 
@@ -41,3 +43,13 @@ def test_a_layer_beyond_the_stack_is_refused():
 def test_layers_of_a_tree_without_any_are_refused():
     with pytest.raises(ValueError, match=r"layers=\(0,\)"):
         find_targets({"q_proj": unstacked(0)["layers_0"]["q_proj"]}, config(layers=(0,)))
+
+
+def test_a_viewed_kernel_is_told_from_a_bias_of_several_axes_beside_it():
+    base = {"heads": {"w": jnp.ones((16, 2, 8)), "b": jnp.zeros((2, 8))}}
+    views = {"heads.w": "| D | N H"}
+    adapter = SmoaConfig.hira(2, target_modules=["heads"], kernel_views=views)
+    params = smoa_jax.apply_smoa(base, adapter, jax.random.key(0))
+    merged = smoa_jax.merge_smoa(params)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    assert merged["heads"]["w"].shape == (16, 2, 8)
