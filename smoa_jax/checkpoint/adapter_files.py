@@ -87,7 +87,8 @@ def save_adapter(
         params: The adapted tree, whole; on one process's devices.
         config: The one that it was made with.
         directory: To be made; holds all of the adapter or nothing, whenever the process dies.
-        base_fingerprint: Of the base model.
+        base_fingerprint: Of the base model: ``BaseModel.fingerprint``, or ``tree_fingerprint`` of
+            ``smoa_jax.adapter.fingerprint`` for a base that came from no file.
         base_name: For people; not checked.
         template: Name of the prompt template of its training, for who generates with it.
         overwrite: Replace an adapter; any other occupied directory is refused still.

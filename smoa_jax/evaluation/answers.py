@@ -94,6 +94,22 @@ def extract_answer(response: str, task: str = "", protocol: Protocol | None = No
     raise ValueError(f"got protocol {protocol!r}; expected exact, number or choice")
 
 
+def expected_answer(reference: str, task: str = "", protocol: Protocol | None = None) -> str:
+    """The normalised answer in ``reference``; arguments as for ``extract_answer``.
+
+    Raises:
+        ValueError: The reference holds no answer.
+    """
+    answer = extract_answer(reference, task, protocol)
+    if answer is None:
+        of_task = f" of task {task!r}" if task else ""
+        raise ValueError(
+            f"got reference {reference!r}{of_task}; expected one that holds an answer "
+            f"under protocol {protocol or protocol_of(task)}; choose another protocol"
+        )
+    return answer
+
+
 def score_responses(
     responses: Sequence[str],
     references: Sequence[str],
@@ -113,12 +129,7 @@ def score_responses(
     right: list[bool] = []
     unanswered = 0
     for response, reference in zip(responses, references, strict=True):
-        expected = extract_answer(reference, task, protocol)
-        if expected is None:
-            raise ValueError(
-                f"got reference {reference!r} of task {task!r}; expected one that holds an answer "
-                f"under protocol {protocol or protocol_of(task)}; choose another protocol"
-            )
+        expected = expected_answer(reference, task, protocol)
         answer = extract_answer(response, task, protocol)
         unanswered += answer is None
         right.append(_same(answer, expected, protocol or protocol_of(task)))

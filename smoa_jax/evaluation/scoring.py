@@ -19,7 +19,7 @@ from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import Params
 from smoa_jax.data.encode import Questions
 from smoa_jax.data.tokenizer import special_ids
-from smoa_jax.evaluation.answers import Protocol, Score, score_responses
+from smoa_jax.evaluation.answers import Protocol, Score, expected_answer, score_responses
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig, generate
 from smoa_jax.sharding.processes import fetch
@@ -92,9 +92,9 @@ def answer_questions(
     """Greedy answers to the first ``rows`` questions, scored against their references.
 
     Raises:
-        ValueError: if there are fewer questions than asked for.
+        ValueError: as ``check_questions``.
     """
-    check_questions(questions, rows)
+    check_questions(questions, rows, protocol)
     ids = special_ids(tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_ids=ids.eos, pad_id=ids.pad)
     responses = respond(
@@ -110,14 +110,16 @@ def answer_questions(
     return Answers(responses=responses, score=score)
 
 
-def check_questions(questions: Questions, rows: int) -> None:
-    """Refuse to score more questions than there are.
+def check_questions(questions: Questions, rows: int, protocol: Protocol) -> None:
+    """Refuse to score more questions than there are, or any whose reference holds no answer.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: naming both numbers, or the reference.
     """
     if rows > len(questions):
         raise ValueError(
             f"got {len(questions)} held-out questions; expected at least evaluation.rows={rows}; "
             "hold out more rows (data.eval_rows, data.task.eval_rows) or lower evaluation.rows"
         )
+    for reference in questions.references[:rows]:
+        expected_answer(reference, protocol=protocol)

@@ -74,7 +74,7 @@ def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
     check_batch(loaded.mesh, eval_batch_size(config), "train.eval_batch_size")
     largest = max(int(rows.examples.tokens.max()) for rows in (data.train, data.eval) if rows)
     check_vocabulary(largest, loaded.base.config.vocab_size, config.model.path)
-    check_questions(data.questions, config.evaluation.rows)
+    check_questions(data.questions, config.evaluation.rows, config.evaluation.answer)
     _check_positions(config, loaded.base.config.max_positions, data)
 
 

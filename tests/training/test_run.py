@@ -145,13 +145,14 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(
             {"evaluation_rows": 4, "evaluation_max_new_tokens": 15, "evaluation_before": False},
             "evaluation.max_new_tokens=15 for a model of 16 positions",
         ),
+        ({"evaluation_rows": 4, "evaluation_answer": "number"}, "under protocol number"),
     ],
 )
-def test_rows_and_answers_longer_than_the_model_are_refused_before_anything_is_written(
+def test_what_could_not_be_trained_or_scored_is_refused_before_anything_is_written(
     tmp_path, one_device, changes, words
 ):
-    base = write_base(tmp_path / "base", max_positions=16)
-    with pytest.raises(RunError, match=words):
+    base = write_base(tmp_path / "base", max_positions=30 if "evaluation_answer" in changes else 16)
+    with pytest.raises(ValueError, match=words):
         run(run_config(base, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
