@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 import smoa_jax
-
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.targets import find_targets
 
