@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.types import SMOA_KEY, Params, is_modulation
 from smoa_jax.adapter.views import View, view_of
@@ -83,6 +85,11 @@ def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
     numbers: set[int] = set()  # of the layers that are not stacked
     for name in sorted(chosen):
         path, key, leaf, text = names[name]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"got a kernel of {leaf.dtype} at {name}; expected floating weights, since a merge "
+                "would round the update away; dequantise the base, or exclude the kernel"
+            )
         rank = config.rank
         for pattern, value in config.rank_pattern.items():
             if re.fullmatch(pattern, name):

@@ -52,3 +52,8 @@ def test_a_viewed_kernel_is_told_from_a_bias_of_several_axes_beside_it():
     merged = smoa_jax.merge_smoa(params)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     assert merged["heads"]["w"].shape == (16, 2, 8)
+
+
+def test_a_quantised_kernel_is_refused():
+    with pytest.raises(ValueError, match="got a kernel of int8 at q_proj"):
+        find_targets({"q_proj": {"kernel": jnp.ones((8, 8), jnp.int8)}}, config())

@@ -50,7 +50,10 @@ SETTINGS = {
         ["--adapter.rank_pattern", '{"mlp": 3}'],
         ["rank_pattern", "'mlp'", "whole dotted path"],
     ),
-    "a layer that is not there": (["--adapter.layers", "[5]"], ["layers=(5,)", "below 2"]),
+    "a layer that is not there": (
+        ["--adapter.layers", "[5]"],
+        ["layers=(5,)", "5 is no layer", "from 0 to 1"],
+    ),
     "a rank above what a block holds": (
         ["--adapter.rank", "40"],
         ["rank 20 for subspace 0", "16", "lower the rank"],
