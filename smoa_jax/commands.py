@@ -43,7 +43,7 @@ from smoa_jax.models.generation import GenerationConfig
 from smoa_jax.sharding.processes import is_first
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.loop import Summary, held_out_loss, run
-from smoa_jax.training.preparation import check_data, check_vocabulary
+from smoa_jax.training.preparation import check_data, check_vocabulary, describe_data
 from smoa_jax.training.setup import load_model, place, resolve_dtype
 
 _console = Console(highlight=False)
@@ -92,6 +92,15 @@ def evaluate(config: RunConfig, adapter_dir: str) -> int:
         raise ValueError(
             "got data without held-out rows; expected some; set data.eval_files, data.eval_rows or "
             "data.task.eval_rows"
+        )
+    _console.print(describe_data(data), soft_wrap=True, markup=False)
+    trained_with = read_adapter(adapter_dir).template
+    if trained_with not in ("", config.data.template):
+        _console.print(
+            f"warning: the adapter was trained with the template {trained_with}, and "
+            f"data.template is {config.data.template}; expected the same for a fair score",
+            style="yellow",
+            soft_wrap=True,
         )
     loaded = load_model(config)
     check_data(config, loaded, data)

@@ -96,6 +96,7 @@ class SmoaConfig:
         for name in ("ranks", "layers", "target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):  # as YAML and JSON give them
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_types(self)
         _check_ranks(self)
         _check_numbers(self)
         _check_patterns(self)
@@ -141,6 +142,27 @@ class SmoaConfig:
         """MELoRA (arXiv 2402.17263)."""
         fixed: dict[str, Any] = {"partition": "contiguous_blocks", "modulation": "none"}
         return cls(rank=rank, num_subspaces=num_subspaces, **(fixed | changes))
+
+
+def _check_types(config: SmoaConfig) -> None:
+    whole = {
+        "rank": (config.rank,),
+        "num_subspaces": (config.num_subspaces,),
+        "ranks": config.ranks,
+        "layers": config.layers,
+        "rank_pattern": tuple(config.rank_pattern.values()),
+    }
+    for name, values in whole.items():
+        if any(not isinstance(value, int) or isinstance(value, bool) for value in values):
+            raise ValueError(f"got {name}={getattr(config, name)!r}; expected whole numbers")
+    for name in ("alpha", "dropout"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise ValueError(f"got {name}={value!r}; expected a number")
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if not isinstance(value, str) and not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"got {name}={value!r}; expected names, or one regular expression")
 
 
 def _check_ranks(config: SmoaConfig) -> None:

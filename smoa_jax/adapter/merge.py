@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from smoa_jax.adapter.modulation import residual
-from smoa_jax.adapter.tree import _get, _set, find_modulations
+from smoa_jax.adapter.targets import lookup, replaced
+from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import SMOA_KEY, Modulation, Params
 from smoa_jax.adapter.views import View, view_of
 
@@ -68,10 +69,10 @@ def merge_smoa(params: Params, dtype: Any = None) -> Params:
         )
     merged = params
     for path, modulation, key in modulations.values():
-        module = dict(_get(merged, path))
+        module = dict(lookup(merged, path))
         del module[SMOA_KEY]
         module[key] = _merge_kernel(module[key], modulation, dtype)
-        merged = _set(merged, path, module)
+        merged = replaced(merged, path, module)
     return merged if dtype is None else jax.tree.map(lambda leaf: _cast(leaf, dtype), merged)
 
 
@@ -86,7 +87,7 @@ def merge_report(params: Params, dtype: Any) -> dict[str, MergeLoss]:
         raise ValueError("got params without any adapter; expected a tree from apply_smoa")
     report = {}
     for name, (path, modulation, key) in modulations.items():
-        kernel = _get(params, path)[key]
+        kernel = lookup(params, path)[key]
         view = view_of(modulation.view, kernel.ndim, name)
         sums = _map_layers(_layer_loss(dtype), view, view.to_matrix(kernel), modulation)
         update, rounding, along = (float(jnp.sum(part)) for part in sums)

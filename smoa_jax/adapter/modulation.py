@@ -70,8 +70,8 @@ def modulated_matmul(
             for the product, while the residual is formed from it in float32.
         modulation: The node beside that kernel, without a leading layer axis.
         dropout_key: Key for dropout on the input of the adapter's path alone; None: no dropout.
-        sharding: Mesh and axes of the operands; None leaves the partitioning to the compiler, which
-            then sums a dense weight gradient across devices.
+        sharding: Mesh and axes of the operands (``MatmulSharding`` of this module); None leaves the
+            partitioning to the compiler, which then sums a dense weight gradient across devices.
 
     Returns:
         ``(..., O)`` in x's dtype, both products accumulated in float32 and rounded once. Kernels

@@ -31,7 +31,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.decompose import layer_bands, layer_scores, traced_bands
 from smoa_jax.adapter.exchange import gather_layer, raise_together, share_result, spans_processes
 from smoa_jax.adapter.spectra_cache import CacheEntry
-from smoa_jax.adapter.targets import Target, find_targets
+from smoa_jax.adapter.targets import Target, find_targets, lookup
 from smoa_jax.adapter.types import Params
 
 
@@ -94,7 +94,7 @@ def plan_spectra(
     targets = find_targets(base_params, config)
     if config.partition not in ("spectral_blocks", "spectral_bands"):
         return {}
-    kernels = [_module(base_params, target)[target.key] for target in targets]
+    kernels = [lookup(base_params, target.path)[target.key] for target in targets]
     if any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels):
         return {t.name: _abstract(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     if any(isinstance(kernel, Tracer) for kernel in kernels):
@@ -244,12 +244,6 @@ def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
     """
     one: Any = gather_layer(kernel, target.view, layer)
     return target.view.of_one_layer().to_matrix(one)
-
-
-def _module(params: Params, target: Target) -> Params:
-    for key in target.path:
-        params = params[key]
-    return params
 
 
 def _layer_structs(

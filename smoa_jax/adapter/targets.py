@@ -54,12 +54,35 @@ class Target:
 
 
 def walk(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every leaf or modulation of a nested dict with its path, in the dict's order."""
+    """Every leaf or modulation of a nested dict with its path, in the dict's order.
+
+    Raises:
+        ValueError: for a list or tuple, whose kernels would go unseen.
+    """
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from walk(value, (*path, key))
+        elif type(value) in (list, tuple):
+            raise ValueError(
+                f"got a {type(value).__name__} at {'.'.join((*path, key))}; expected nested dicts "
+                "of arrays; make it a dict, such as {'0': ..., '1': ...}"
+            )
         else:
             yield (*path, key), value
+
+
+def lookup(params: Params, path: tuple[str, ...]) -> Any:
+    """What lies at the end of ``path``."""
+    for key in path:
+        params = params[key]
+    return params
+
+
+def replaced(params: Params, path: tuple[str, ...], value: Any) -> Params:
+    """A copy of the dicts along ``path`` with ``value`` at its end."""
+    if not path:
+        return value
+    return {**params, path[0]: replaced(params[path[0]], path[1:], value)}
 
 
 def find_targets(params: Params, config: SmoaConfig) -> list[Target]:

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
+from smoa_jax.adapter.placement import placed_like
 from smoa_jax.adapter.spectrum import BandParts, BlockScores, Spectra, plan_spectra
-from smoa_jax.adapter.targets import Target, find_targets
+from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced
 from smoa_jax.adapter.types import (
     SMOA_KEY,
     TRAINABLE_FIELDS,
@@ -50,8 +51,9 @@ def apply_smoa(
 
     >>> params = apply_smoa(base_params, SmoaConfig(rank=32), jax.random.key(0))
 
-    Memory: the kernels are shared with ``base_params``, not copied. A kernel's draw depends on
-    ``key``, its path and its layer alone, so other targets don't change it.
+    Memory: the kernels are shared with ``base_params``, not copied, and the new tensors lie as
+    they do: a kernel with a ``NamedSharding`` has its adapter on the same mesh. A kernel's draw
+    depends on ``key``, its path and its layer alone, so other targets don't change it.
 
     Args:
         base_params: Nested dict of arrays, tracers or ``ShapeDtypeStruct``.
@@ -66,7 +68,7 @@ def apply_smoa(
         ValueError: for targets, ranks or spectra that do not fit ``base_params``.
     """
     targets = find_targets(base_params, config)
-    kernels = [_get(base_params, target.path)[target.key] for target in targets]
+    kernels = [lookup(base_params, target.path)[target.key] for target in targets]
     if spectra is None:
         spectra = plan_spectra(base_params, config)
     _check_spectra(spectra, targets, config)
@@ -79,10 +81,13 @@ def apply_smoa(
             return _initial(target, config, path_key, spectrum)
 
         spectrum = spectra.get(target.name)
-        node = jax.eval_shape(build, key, spectrum) if abstract else build(key, spectrum)
-        module = dict(_get(params, target.path))
+        module = dict(lookup(params, target.path))
+        if abstract:
+            node = jax.eval_shape(build, key, spectrum)
+        else:
+            node = placed_like(module[target.key], build(key, spectrum))
         module[SMOA_KEY] = node
-        params = _set(params, target.path, module)
+        params = replaced(params, target.path, module)
     return params
 
 
@@ -142,7 +147,7 @@ def find_modulations(params: Params) -> dict[str, tuple[tuple[str, ...], Modulat
     def visit(tree: Params, path: tuple[str, ...]) -> None:
         for key, value in tree.items():
             if is_modulation(value):
-                found[".".join(path)] = (path, value, _kernel_key(tree, value, ".".join(path)))
+                found[".".join(path)] = (path, value, kernel_key(tree, value, ".".join(path)))
             elif isinstance(value, dict):
                 visit(value, (*path, key))
 
@@ -298,7 +303,7 @@ def _check_spectra(spectra: Spectra, targets: list[Target], config: SmoaConfig) 
             )
 
 
-def _kernel_key(module: Params, modulation: Modulation, name: str) -> str:
+def kernel_key(module: Params, modulation: Modulation, name: str) -> str:
     """The kernel that a modulation belongs to: ``kernel``, or else the one matrix beside it."""
     candidates = [
         key
@@ -319,16 +324,3 @@ def _kernel_key(module: Params, modulation: Modulation, name: str) -> str:
             "tree as apply_smoa made it"
         )
     return candidates[0]
-
-
-def _get(params: Params, path: tuple[str, ...]) -> Params:
-    for key in path:
-        params = params[key]
-    return params
-
-
-def _set(params: Params, path: tuple[str, ...], value: Params) -> Params:
-    """A copy of the dicts along ``path`` with ``value`` at its end."""
-    if not path:
-        return value
-    return {**params, path[0]: _set(params[path[0]], path[1:], value)}

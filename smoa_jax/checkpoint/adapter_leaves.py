@@ -23,7 +23,7 @@ import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
 from smoa_jax.adapter.spectrum import BandParts, Progress, check_bands, plan_spectra
-from smoa_jax.adapter.targets import Target, find_targets
+from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced
 from smoa_jax.adapter.tree import apply_smoa, find_modulations
 from smoa_jax.adapter.types import (
     SMOA_KEY,
@@ -112,7 +112,8 @@ def restore_adapter(
             assert isinstance(spectrum, BandParts)
             _check_spectrum(target, fields, spectrum)
             fields["bands"] = jnp.asarray(spectrum.bands)
-        params = _put(params, target.path, dataclasses.replace(node, **fields))
+        module = {**lookup(params, target.path), SMOA_KEY: dataclasses.replace(node, **fields)}
+        params = replaced(params, target.path, module)
     return params
 
 
@@ -150,7 +151,7 @@ def _fields(
     expected: Params, target: Target, leaves: Mapping[str, Any]
 ) -> tuple[Modulation, dict[str, Any]]:
     """The abstract modulation of a target, and its stored leaves by field."""
-    node = _get(expected, (*target.path, SMOA_KEY))
+    node = lookup(expected, (*target.path, SMOA_KEY))
     fields = {name: leaves["/".join((*target.path, name))] for name in _stored_fields(node)}
     return node, fields
 
@@ -255,15 +256,3 @@ def _equal(got: Any, expected: np.ndarray, tolerance: float = 0.0) -> bool:
     """Whether arrays agree; on devices, so that it works for what spans several processes."""
     expected = np.broadcast_to(expected, got.shape)
     return bool(jnp.all(jnp.abs(got - expected) <= tolerance * np.abs(expected)))
-
-
-def _get(params: Params, path: tuple[str, ...]) -> Any:
-    for key in path:
-        params = params[key]
-    return params
-
-
-def _put(params: Params, path: tuple[str, ...], node: Modulation) -> Params:
-    if not path:
-        return {**params, SMOA_KEY: node}
-    return {**params, path[0]: _put(params[path[0]], path[1:], node)}

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from smoa_jax.checkpoint.errors import CheckpointError
-from smoa_jax.checkpoint.hf_families import GLOBAL, LOCAL
-from smoa_jax.checkpoint.hf_fields import rope_scaling_fields
+from smoa_jax.checkpoint.hf_families import FAMILIES, GLOBAL, LOCAL
+from smoa_jax.checkpoint.hf_fields import rope_scaling_fields, short
 from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.rope import rope_frequencies
 
@@ -24,12 +24,6 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
-}
-_HF_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3": "Gemma3ForCausalLM",
 }
 # GGUF keeps what these make of the frequencies, not the numbers; all Llama 3 releases share them.
 _LLAMA3_CONSTANTS: dict[str, Any] = {
@@ -77,6 +71,11 @@ class GgufMetadata:
                     f"{source}: metadata {self._name(key)} is {self.own(key)}; expected {off} or "
                     f"none: a plain {self.architecture} has no such layers"
                 )
+        if self.own("attention.causal", True) is not True:
+            raise CheckpointError(
+                f"{source}: metadata {self._name('attention.causal')} is false; expected a "
+                "language model, whose tokens see only what comes before them"
+            )
 
     @property
     def model_type(self) -> str:
@@ -150,7 +149,7 @@ class GgufMetadata:
             rope_factors: The tensor of divisors of the rotary frequencies, if there is one.
         """
         config = {
-            "architectures": [_HF_ARCHITECTURES[self.architecture]],
+            "architectures": [FAMILIES[self.model_type].architecture],
             "model_type": self.model_type,
             "vocab_size": vocab_size,
             "hidden_size": self.integer("embedding_length"),
@@ -252,4 +251,4 @@ class GgufMetadata:
 
 
 def _short(value: object) -> str:
-    return "missing" if value is None else repr(value)[:60]
+    return "missing" if value is None else short(value)

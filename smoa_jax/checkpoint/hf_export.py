@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from smoa_jax.checkpoint.directories import replaced_directory
+from smoa_jax.checkpoint.errors import listed
 from smoa_jax.checkpoint.hf_config import is_multimodal
 from smoa_jax.checkpoint.huggingface import CONFIG_FILE
 from smoa_jax.checkpoint.model_files import (
@@ -125,6 +126,12 @@ def _pieces(
 ) -> list[_Piece]:
     """All tensors in the order of the files: the decoder's, then those that are copied."""
     leaves = flatten_tree(params)
+    absent = [] if whole is None else [name for name in slots if name not in whole.stored_names]
+    if whole is not None and absent:
+        raise ValueError(
+            f"got multimodal_source {whole.source} without {listed(absent)}; expected the model "
+            "that the params are the decoder of"
+        )
     pieces = []
     for name, slot in slots.items():
         count = int(np.prod(slot.shape, dtype=np.int64))

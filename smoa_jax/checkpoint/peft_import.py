@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.targets import KERNEL_KEY, find_targets, walk
+from smoa_jax.adapter.targets import KERNEL_KEY, find_targets, lookup, walk
 from smoa_jax.adapter.types import Params, is_modulation
 from smoa_jax.checkpoint.adapter_leaves import Leaves, restore_adapter
 from smoa_jax.checkpoint.errors import CheckpointError, listed
@@ -251,7 +251,7 @@ def _describe(modules: _Modules, settings: PeftSettings, base_params: Params) ->
         for path, layers in modules.items()
     }
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
-    shapes = [_get(base_params, path)[KERNEL_KEY].shape for path in modules]
+    shapes = [lookup(base_params, path)[KERNEL_KEY].shape for path in modules]
     depth = max((shape[0] for shape in shapes if len(shape) == 3), default=0)
     stacked = {layer for layers in modules.values() for layer in layers if layer is not None}
     fields: dict[str, Any] = {
@@ -314,9 +314,3 @@ def _folded(module: _Module, scale: float) -> float:
     """What b has to be multiplied by for the config's scale to do what the module's own does."""
     ratio = module.scale / scale
     return 1.0 if abs(ratio - 1.0) < 1e-6 else ratio
-
-
-def _get(params: Params, path: TreePath) -> Any:
-    for key in path:
-        params = params[key]
-    return params

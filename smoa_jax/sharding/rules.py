@@ -7,7 +7,6 @@ cover, or that a rule does not divide is an error: nothing is replicated in sile
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -15,7 +14,9 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from smoa_jax.adapter.types import Modulation, Params, is_modulation
+from smoa_jax.adapter.placement import modulation_shardings
+from smoa_jax.adapter.tree import kernel_key
+from smoa_jax.adapter.types import Params, is_modulation
 from smoa_jax.sharding.mesh import AXES, BATCH_AXES
 
 #: Path pattern -> comma-separated mesh axes, ``-`` for none, or ``replicate``.
@@ -40,19 +41,6 @@ _ACTIVATION_AXES = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
-}
-_I, _O = "inputs", "outputs"
-#: Axes of each field of a modulation, after the kernel's layer axis.
-_FIELD_AXES: dict[str, tuple[str | None, ...]] = {
-    "a": (_I, None),
-    "b": (_O, None),
-    "in_block": (_I,),
-    "out_block": (_O,),
-    "bands": (None, _I, _O),
-    "cuts": (None,),
-    "norms": (None,),
-    "ranks": (None,),
-    "scale": (),
 }
 
 
@@ -113,30 +101,11 @@ def param_shardings(params: Params, mesh: Mesh, rules: Rules = DECODER_RULES) ->
                 result[key] = NamedSharding(mesh, spec_of((*path, key), value))
         for key, value in tree.items():
             if is_modulation(value):
-                result[key] = modulation_shardings(value, result["kernel"])
+                kernel = kernel_key(tree, value, ".".join(path))
+                result[key] = modulation_shardings(value, result[kernel])
         return {key: result[key] for key in tree}
 
     return visit(params, ())
-
-
-def modulation_shardings(modulation: Modulation, kernel: NamedSharding) -> Modulation:
-    """Shardings of an adapter's tensors from their kernel's: rows of A follow the inputs, rows of
-    B the outputs, ranks are whole."""
-    layers, inputs, outputs = (None, *kernel.spec) if len(kernel.spec) == 2 else kernel.spec
-    named = {_I: inputs, _O: outputs, None: None}
-    shardings = {}
-    for field in dataclasses.fields(modulation):
-        leaf = getattr(modulation, field.name)
-        if field.metadata.get("static"):
-            continue
-        axes = _FIELD_AXES[field.name]
-        if field.name in ("a", "b") and type(modulation).__name__ == "Bands":
-            axes = (None, *axes)
-        spec = [named[axis] for axis in axes]
-        if len(leaf.shape) == len(axes) + 1:
-            spec.insert(0, layers)
-        shardings[field.name] = NamedSharding(kernel.mesh, PartitionSpec(*spec))
-    return dataclasses.replace(modulation, **shardings)
 
 
 def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:

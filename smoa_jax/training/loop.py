@@ -5,7 +5,8 @@ runs. What a run writes::
 
     output_dir/
       config.yaml     as resolved, enough to run it again
-      metrics.jsonl   one object per step, evaluation and event
+      metrics.jsonl   one object per step, evaluation and event; a run that was killed takes the
+                      steps since its last checkpoint again, after another "start"
       checkpoints/    training state; resuming from it is bit-exact
       adapter/        the trained adapter, as of the last step
       summary.json    what the table at the end shows

@@ -100,6 +100,10 @@ def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
         f"{summary['loss_after']:.4f}",
     ]
     assert numbers_of(text, "accuracy on 8 rows") == ["0.0%", "100.0%"]
+    assert "warning" not in text
+    other = ["--data.template", "alpaca", "--evaluation.rows", 0, "--data.max_length", 128]
+    text = shown(capsys, ["evaluate", *words, *other]).out
+    assert "warning: the adapter was trained with the template plain, and data.template" in text
 
 
 def test_resuming_with_other_settings_says_so_and_writes_them_down(finished, capsys, one_device):

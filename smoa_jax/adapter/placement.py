@@ -1,0 +1,70 @@
+"""Where an adapter's tensors lie: each as its kernel does (method.md, "Permutation-free form").
+
+Rows of A and the inputs' block ids follow the kernel's input axis, rows of B and the outputs' its
+output axis, bands both; ranks are whole. Forming the update then needs no communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from smoa_jax.adapter.types import Bands, Modulation
+
+_I, _O = "inputs", "outputs"
+#: Axes of each field of a modulation, after the kernel's layer axis.
+_FIELD_AXES: dict[str, tuple[str | None, ...]] = {
+    "a": (_I, None),
+    "b": (_O, None),
+    "in_block": (_I,),
+    "out_block": (_O,),
+    "bands": (None, _I, _O),
+    "cuts": (None,),
+    "norms": (None,),
+    "ranks": (None,),
+    "scale": (),
+}
+
+
+def modulation_shardings(modulation: Modulation, kernel: NamedSharding) -> Modulation:
+    """Shardings of an adapter's tensors from that of their ``(L?, I, O)`` kernel.
+
+    Raises:
+        ValueError: for a kernel with a view, whose axes don't tell where inputs and outputs lie.
+    """
+    if modulation.view:
+        raise ValueError(
+            f"got an adapter whose kernel has the view {modulation.view!r}; expected a kernel "
+            "(I, O) or (L, I, O), whose sharding its adapter's can follow; give the sharding of "
+            "each tensor yourself"
+        )
+    layers, inputs, outputs = (None, *kernel.spec) if len(kernel.spec) == 2 else kernel.spec
+    named = {_I: inputs, _O: outputs, None: None}
+    shardings = {}
+    for field in dataclasses.fields(modulation):
+        leaf = getattr(modulation, field.name)
+        if field.metadata.get("static"):
+            continue
+        axes = _FIELD_AXES[field.name]
+        if field.name in ("a", "b") and isinstance(modulation, Bands):
+            axes = (None, *axes)
+        spec = [named[axis] for axis in axes]
+        if len(leaf.shape) == len(axes) + 1:
+            spec.insert(0, layers)
+        shardings[field.name] = NamedSharding(kernel.mesh, PartitionSpec(*spec))
+    return dataclasses.replace(modulation, **shardings)
+
+
+def placed_like(kernel: Any, modulation: Modulation) -> Modulation:
+    """A modulation on the mesh of its kernel; as it is if the kernel is on none, or has a view."""
+    concrete = isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer)
+    sharding = kernel.sharding if concrete else None
+    if not isinstance(sharding, NamedSharding) or modulation.view:
+        return modulation
+    spec = (*sharding.spec, *(None,) * (kernel.ndim - len(sharding.spec)))
+    whole = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jax.device_put(modulation, modulation_shardings(modulation, whole))
