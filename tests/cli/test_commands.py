@@ -90,7 +90,7 @@ def test_training_shows_its_data_and_its_table_and_what_comes_next(trained):
 
 
 def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
-    trained, capsys, one_device
+    trained, capsys, tmp_path, one_device
 ):
     words = ["--config", trained.run / "config.yaml", "--adapter_dir", trained.adapter]
     text = shown(capsys, ["evaluate", *words]).out
@@ -101,9 +101,12 @@ def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
     ]
     assert numbers_of(text, "accuracy on 8 rows") == ["0.0%", "100.0%"]
     assert "warning" not in text
-    other = ["--data.template", "alpaca", "--evaluation.rows", 0, "--data.max_length", 128]
-    text = shown(capsys, ["evaluate", *words, *other]).out
-    assert "warning: the adapter was trained with the template plain, and data.template" in text
+    shutil.copytree(trained.adapter, tmp_path / "adapter")
+    record = json.loads((trained.adapter / "adapter.json").read_text()) | {"template": "alpaca"}
+    (tmp_path / "adapter" / "adapter.json").write_text(json.dumps(record))
+    words = [*words[:2], "--adapter_dir", tmp_path / "adapter", "--evaluation.rows", 0]
+    text = shown(capsys, ["evaluate", *words]).out
+    assert "warning: the adapter was trained with the template alpaca, and data.template is" in text
 
 
 def test_resuming_with_other_settings_says_so_and_writes_them_down(finished, capsys, one_device):
