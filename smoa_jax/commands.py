@@ -255,21 +255,7 @@ def export(
         _console.print(f"PEFT adapter: {output}", soft_wrap=True, markup=False)
         return 0
     target = jnp.dtype(dtype)
-    report = merge_report(params, target)
-    table = Table(title=f"rounding of the merged kernels to {dtype}")
-    for column in ("kernel", "rounding / update", "update that passes"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
-    for name, loss in report.items():
-        table.add_row(name, f"{loss.relative:.2%}", f"{loss.kept:.2%}")
-    _console.print(table)
-    worst = max(loss.relative for loss in report.values())
-    if worst > 0.05:
-        _console.print(
-            f"warning: rounding to {dtype} disturbs an update by {worst:.0%} of its size; "
-            "--dtype float32 keeps it, or serve the adapter unmerged",
-            style="yellow",
-            soft_wrap=True,
-        )
+    _show_rounding(params, dtype)
     write = functools.partial(
         export_huggingface,
         max_shard_bytes=max_shard_bytes,
@@ -290,6 +276,25 @@ def export(
     )
     _console.print(f"merged model: {output}", soft_wrap=True, markup=False)
     return 0
+
+
+def _show_rounding(params: Params, dtype: str) -> None:
+    """What rounding the merged kernels loses, with a warning where that is much of the update."""
+    report = merge_report(params, jnp.dtype(dtype))
+    table = Table(title=f"rounding of the merged kernels to {dtype}")
+    for column in ("kernel", "rounding / update", "update that passes"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for name, loss in report.items():
+        table.add_row(name, f"{loss.relative:.2%}", f"{loss.kept:.2%}")
+    _console.print(table)
+    worst = max(loss.relative for loss in report.values())
+    if worst > 0.05:
+        _console.print(
+            f"warning: rounding to {dtype} disturbs an update by {worst:.0%} of its size; "
+            "--dtype float32 keeps it, or serve the adapter unmerged",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def _with_stops(generation_config: dict[str, Any], ids: SpecialIds) -> dict[str, Any]:
