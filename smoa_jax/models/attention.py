@@ -10,6 +10,7 @@ and a layer selects its own. Without local layers there is nothing to select.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -132,11 +133,11 @@ def _capped_attention(
         mask = causal_mask(query.shape[1])
     batch, time, heads, head_dim = query.shape
     grouped = query.reshape(batch, time, key.shape[2], -1, head_dim)
-    wide = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, **wide) * scale
+    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = wide("BTKGH,BSKH->BKGTS", grouped, key) * scale
     scores = jnp.where(mask[:, :, None], soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    average = jnp.einsum("BKGTS,BSKH->BTKGH", shares, value, **wide)
+    average = wide("BKGTS,BSKH->BTKGH", shares, value)
     return average.reshape(batch, time, heads, head_dim).astype(query.dtype)
 
 
