@@ -63,7 +63,7 @@ def respond(
         rows = order[start : start + batch_size]
         filled = rows + rows[-1:] * (batch_size - len(rows))
         lengths = np.asarray([len(prompts[row]) for row in filled])
-        tokens = np.full((batch_size, lengths.max()), config.pad_id, np.int32)
+        tokens = np.full((batch_size, int(lengths.max())), config.pad_id, np.int32)
         for place, row in enumerate(filled):
             tokens[place, : lengths[place]] = prompts[row]
         batch_key = None if key is None else jax.random.fold_in(key, start)
