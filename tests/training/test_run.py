@@ -98,6 +98,37 @@ def test_the_sharded_run_follows_the_rules_and_the_unsharded_losses(
     np.testing.assert_allclose(got, expected, rtol=2e-4)
 
 
+def test_a_gemma_trains_sharded_as_it_does_alone(tmp_path, runners):
+    """Two kinds of layer, post-norms, q/k norms and a tied, scaled embedding over three axes."""
+    base = write_base(
+        tmp_path / "gemma",
+        activation="gelu_tanh",
+        embed_scale=32**0.5,
+        norm_offset=1.0,
+        post_norms=True,
+        qk_norm=True,
+        tie_embeddings=True,
+        query_scale=0.25,
+        sliding_window=4,
+        local_layers=(True, False),
+        local_rope_base=100.0,
+        norm_epsilon=1e-6,
+    )
+    meshes = {
+        "mesh": {"mesh_data": 2, "mesh_fsdp": 2, "mesh_tensor": 2},
+        "plain": {"mesh_data": 8, "mesh_fsdp": 1},
+    }
+    losses = []
+    for name, sizes in meshes.items():
+        run(run_config(base, tmp_path / name, train_steps=3, **sizes))
+        records = read_metrics(tmp_path / name, "train")
+        losses.append([record["loss"] for record in records])
+    norm = runners[0]._params()["layers"]["self_attn"]["q_norm"]["scale"]
+    assert norm.sharding.spec == P(None, None)
+    np.testing.assert_allclose(*losses, rtol=2e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_accumulation_changes_nothing_but_memory(base_dir, tmp_path, runners):
     for parts in (1, 2):
         run(
