@@ -59,12 +59,16 @@ def modulation_shardings(modulation: Modulation, kernel: NamedSharding) -> Modul
     return dataclasses.replace(modulation, **shardings)
 
 
+def full_spec(sharding: NamedSharding, ndim: int) -> PartitionSpec:
+    """The spec with an entry for every axis; JAX lets its end be left out."""
+    return PartitionSpec(*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
+
+
 def placed_like(kernel: Any, modulation: Modulation) -> Modulation:
     """A modulation on the mesh of its kernel; as it is if the kernel is on none, or has a view."""
     concrete = isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer)
     sharding = kernel.sharding if concrete else None
     if not isinstance(sharding, NamedSharding) or modulation.view:
         return modulation
-    spec = (*sharding.spec, *(None,) * (kernel.ndim - len(sharding.spec)))
-    whole = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    whole = NamedSharding(sharding.mesh, full_spec(sharding, kernel.ndim))
     return jax.device_put(modulation, modulation_shardings(modulation, whole))

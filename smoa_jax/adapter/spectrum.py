@@ -30,6 +30,7 @@ from threadpoolctl import threadpool_limits
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.decompose import layer_bands, layer_scores, traced_bands
 from smoa_jax.adapter.exchange import gather_layer, raise_together, share_result, spans_processes
+from smoa_jax.adapter.placement import full_spec
 from smoa_jax.adapter.spectra_cache import CacheEntry
 from smoa_jax.adapter.targets import Target, find_targets, lookup
 from smoa_jax.adapter.types import Params
@@ -355,5 +356,5 @@ def _bands_sharding(target: Target, kernel: Any) -> NamedSharding | None:
         return None
     if target.view_text:
         return None
-    axes = (*kernel.sharding.spec, *(None,) * (kernel.ndim - len(kernel.sharding.spec)))
+    axes = full_spec(kernel.sharding, kernel.ndim)
     return NamedSharding(kernel.sharding.mesh, PartitionSpec(*axes[:-2], None, *axes[-2:]))

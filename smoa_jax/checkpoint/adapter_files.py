@@ -175,11 +175,6 @@ def load_adapter(
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def read_adapter_config(directory: str | Path) -> SmoaConfig:
-    """The config of a saved adapter; reads no tensors."""
-    return read_adapter(directory).config
-
-
 def read_adapter(directory: str | Path) -> AdapterDescription:
     """What a saved adapter says of itself; reads no tensors.
 

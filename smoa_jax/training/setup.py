@@ -105,8 +105,7 @@ def adapt(config: RunConfig, loaded: LoadedModel, progress: Progress | None = No
         loaded.base.params, config.adapter, cache_dir=cache, progress=progress
     )
     key = jax.random.key(config.train.seed)
-    params = apply_smoa(loaded.base.params, config.adapter, key, spectra)
-    return place(params, loaded.mesh, config)
+    return apply_smoa(loaded.base.params, config.adapter, key, spectra)
 
 
 def place(params: Params, mesh: Mesh, config: RunConfig) -> Params:

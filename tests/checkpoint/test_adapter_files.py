@@ -18,7 +18,6 @@ from smoa_jax.adapter.types import SMOA_KEY
 from smoa_jax.checkpoint.adapter_files import (
     load_adapter,
     read_adapter,
-    read_adapter_config,
     save_adapter,
 )
 from smoa_jax.checkpoint.adapter_leaves import adapter_leaves
@@ -90,7 +89,7 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path, name):
     params = trained(config)
     directory = save(tmp_path / "adapter", name)
     assert_same(load(directory), params)
-    assert read_adapter_config(directory) == config
+    assert read_adapter(directory).config == config
     description = read_adapter(directory)
     assert description.num_trained == count_trainable(base_params(), config)
     assert description.num_base == sum(leaf.size for leaf in jax.tree.leaves(base_params()))
@@ -248,7 +247,7 @@ def test_an_occupied_directory_is_left_alone_unless_told(tmp_path):
         save(directory, "melora")
     assert (directory / "adapter.safetensors").read_bytes() == before
     save(directory, "melora", overwrite=True)
-    assert read_adapter_config(directory) == CONFIGS["melora"]
+    assert read_adapter(directory).config == CONFIGS["melora"]
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "one.jpg").write_bytes(b"irreplaceable")

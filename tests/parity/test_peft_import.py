@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smoa_jax import merge_smoa
-from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter_config, save_adapter
+from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter, save_adapter
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.peft_files import export_peft
 from smoa_jax.checkpoint.peft_import import import_peft
@@ -120,7 +120,7 @@ def test_an_adapter_of_peft_gives_its_logits_here_and_again_there(
 
     where = {"base_fingerprint": base.fingerprint}
     save_adapter(params, config, tmp_path / "ours", base_name="tiny", **where)
-    assert read_adapter_config(tmp_path / "ours") == config
+    assert read_adapter(tmp_path / "ours").config == config
     again = load_adapter(tmp_path / "ours", base.params, **where)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -174,7 +174,7 @@ def test_smoa_import_writes_an_adapter_that_the_other_commands_take(checkpoint, 
     paths = [f"--model={checkpoint}", f"--peft={tmp_path / 'peft'}", f"--output={tmp_path / 'out'}"]
     assert main(["import", *paths]) == 0
     assert "LoRA of rank 6 on 5 kernels" in " ".join(capsys.readouterr().out.split())
-    assert read_adapter_config(tmp_path / "out").dropout == 0.1
+    assert read_adapter(tmp_path / "out").config.dropout == 0.1
     arguments = ["export", f"--model={checkpoint}", f"--adapter={tmp_path / 'out'}"]
     assert main([*arguments, f"--output={tmp_path / 'back'}", "--format=peft"]) == 0
     both = [peft_logits(checkpoint, tmp_path / name)[0] for name in ("peft", "back")]
