@@ -22,8 +22,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
-from smoa_jax.adapter.decompose import layer_scores
-from smoa_jax.adapter.spectrum import kernel_layer
+from smoa_jax.adapter.planning.decompose import layer_scores
+from smoa_jax.adapter.planning.spectra import kernel_layer
 from smoa_jax.adapter.targets import find_targets
 from smoa_jax.checkpoint.base import load_base
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from smoa_jax import commands
 from smoa_jax.cli import parse_run
-from smoa_jax.training.loop import run
+from smoa_jax.commands.export import export
+from smoa_jax.commands.tables import summary_table
+from smoa_jax.training.run import run
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -54,9 +55,9 @@ def main() -> int:
     if not summary.finished:
         return 1
     merged = str(Path(arguments.output) / "merged")
-    commands.export(model=model, adapter=summary.adapter_dir, output=merged)
+    export(model=model, adapter=summary.adapter_dir, output=merged)
     console = Console(highlight=False)
-    table = commands.summary_table(summary)
+    table = summary_table(summary)
     table.add_row("merged model (Hugging Face)", "", merged)
     console.print(table)
     console.print(

@@ -3,7 +3,7 @@
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.merge import merge_report, merge_smoa
 from smoa_jax.adapter.modulation import modulated_matmul
-from smoa_jax.adapter.spectrum import plan_spectra
+from smoa_jax.adapter.planning.spectra import plan_spectra
 from smoa_jax.adapter.tree import apply_smoa, combine, partition, trainable_mask
 
 __all__ = [

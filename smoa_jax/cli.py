@@ -22,7 +22,12 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from smoa_jax import commands
+from smoa_jax.commands.evaluate import evaluate
+from smoa_jax.commands.export import export
+from smoa_jax.commands.generate import generate
+from smoa_jax.commands.import_adapter import import_adapter
+from smoa_jax.commands.inspect import inspect
+from smoa_jax.commands.train import train
 from smoa_jax.data.rows import BadRowError
 from smoa_jax.training.config import RunConfig
 
@@ -170,7 +175,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
     parsed = _parse(parser, arguments)
     config = _run_config(parser, parsed)
-    return commands.train(config, resume=parsed.resume, overwrite=parsed.overwrite)
+    return train(config, resume=parsed.resume, overwrite=parsed.overwrite)
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -182,11 +187,11 @@ def _evaluate(arguments: list[str]) -> int:
     parser = _run_parser("evaluate")
     parser.add_argument("--adapter_dir", required=True, help="adapter directory of a run")
     parsed = _parse(parser, arguments)
-    return commands.evaluate(_run_config(parser, parsed), parsed.adapter_dir)
+    return evaluate(_run_config(parser, parsed), parsed.adapter_dir)
 
 
 def _generate(arguments: list[str]) -> int:
-    parser = _function_parser("generate", commands.generate, skip={"prompt"})
+    parser = _function_parser("generate", generate, skip={"prompt"})
     parser.add_argument(
         "--prompt",
         action="append",
@@ -196,7 +201,7 @@ def _generate(arguments: list[str]) -> int:
     )
     options: Any = _parse(parser, arguments).as_dict()
     texts = [text for word in options.pop("prompt") for text in _texts(word)]
-    return commands.generate(prompt=texts, **options)
+    return generate(prompt=texts, **options)
 
 
 def _writing(command: str, function: Callable[..., int]) -> Callable[[list[str]], int]:
@@ -212,8 +217,8 @@ def _writing(command: str, function: Callable[..., int]) -> Callable[[list[str]]
 
 
 def _inspect(arguments: list[str]) -> int:
-    parser = _function_parser("inspect", commands.inspect, skip=set())
-    return commands.inspect(**_parse(parser, arguments).as_dict())
+    parser = _function_parser("inspect", inspect, skip=set())
+    return inspect(**_parse(parser, arguments).as_dict())
 
 
 def _function_parser(
@@ -242,8 +247,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
-    "export": _writing("export", commands.export),
-    "import": _writing("import", commands.import_adapter),
+    "export": _writing("export", export),
+    "import": _writing("import", import_adapter),
     "inspect": _inspect,
 }
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
 from smoa_jax.adapter.placement import placed_like
-from smoa_jax.adapter.spectrum import BandParts, BlockScores, Spectra, plan_spectra
+from smoa_jax.adapter.planning.spectra import BandParts, BlockScores, Spectra, plan_spectra
 from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced
 from smoa_jax.adapter.types import (
     SMOA_KEY,

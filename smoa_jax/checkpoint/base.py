@@ -17,21 +17,21 @@ from jax.typing import DTypeLike
 
 from smoa_jax.checkpoint.assemble import TensorReader, assemble, check_tensors, fingerprint
 from smoa_jax.checkpoint.errors import CheckpointError, listed
-from smoa_jax.checkpoint.hf_config import config_from_hf, is_multimodal
-from smoa_jax.checkpoint.huggingface import (
+from smoa_jax.checkpoint.huggingface.config import config_from_hf, is_multimodal
+from smoa_jax.checkpoint.huggingface.directory import (
     CONFIG_FILE,
     download,
     is_hub_name,
     read_configs,
 )
-from smoa_jax.checkpoint.multimodal import TextPart
+from smoa_jax.checkpoint.huggingface.multimodal import TextPart
+from smoa_jax.checkpoint.huggingface.safetensors_files import SafetensorsFiles, open_directory
 from smoa_jax.checkpoint.names import tensor_slots
-from smoa_jax.checkpoint.safetensors_files import SafetensorsFiles, open_directory
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import abstract_params
 
 if TYPE_CHECKING:
-    from smoa_jax.checkpoint.gguf_files import GgufFile
+    from smoa_jax.checkpoint.gguf.files import GgufFile
 
 #: Where a base model comes from.
 BaseKind: TypeAlias = Literal["huggingface", "gguf"]
@@ -113,7 +113,7 @@ def _describe(found: Path, dtype: DTypeLike) -> tuple[AbstractBase, GgufFile | N
         hf_config, generation_config = read_configs(found)
         config = config_from_hf(hf_config, str(found / CONFIG_FILE))
     else:
-        from smoa_jax.checkpoint.gguf_files import GgufFile
+        from smoa_jax.checkpoint.gguf.files import GgufFile
 
         gguf_file = GgufFile(found)
         hf_config, generation_config = gguf_file.hf_config(), gguf_file.generation_config()

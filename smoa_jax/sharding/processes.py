@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from smoa_jax.adapter.exchange import raise_together
+from smoa_jax.adapter.planning.exchange import raise_together
 from smoa_jax.sharding.mesh import BATCH_AXES
 
 

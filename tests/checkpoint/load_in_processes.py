@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from smoa_jax.checkpoint.base import abstract_base, load_base
-from smoa_jax.checkpoint.safetensors_files import SafetensorsFiles
+from smoa_jax.checkpoint.huggingface.safetensors_files import SafetensorsFiles
 from smoa_jax.sharding.mesh import MeshConfig, make_mesh
 from smoa_jax.sharding.rules import param_shardings
 from tests.checkpoint.hf_files import CONFIG, expected_tree, llama_tensors

@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from smoa_jax.checkpoint.base import BaseModel, abstract_base, load_base
 from smoa_jax.checkpoint.errors import CheckpointError
-from smoa_jax.checkpoint.huggingface import download
+from smoa_jax.checkpoint.huggingface.directory import download
 from tests.checkpoint.hf_files import CONFIG, llama_tensors, write_directory, write_gguf
 
 
@@ -152,7 +152,7 @@ sys.modules["torch"] = None
 from pathlib import Path
 import numpy as np
 from smoa_jax.checkpoint.base import load_base
-from smoa_jax.checkpoint.hf_export import export_huggingface
+from smoa_jax.checkpoint.export.huggingface import export_huggingface
 first, second = (load_base(path) for path in sys.argv[1:3])
 np.testing.assert_array_equal(first.params["norm"]["scale"], second.params["norm"]["scale"])
 export_huggingface(first.params, first.config, sys.argv[3], dtype="bfloat16")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from smoa_jax.checkpoint.hf_config import config_from_hf
+from smoa_jax.checkpoint.huggingface.config import config_from_hf
 from smoa_jax.checkpoint.names import (
     flatten_tree,
     name_of_gguf,

@@ -12,7 +12,7 @@ import pytest
 
 from smoa_jax.cli import main
 from smoa_jax.sharding import mesh
-from smoa_jax.training import setup
+from smoa_jax.training import model as run_model
 from tests.cli.tiny import Place, write_place
 from tests.training.tiny_run import write_base
 
@@ -22,7 +22,7 @@ def on_one_device():
     """Eight devices add nothing to these tests but time."""
     with pytest.MonkeyPatch.context() as patch:
         devices = jax.devices()[:1]
-        patch.setattr(setup, "make_mesh", lambda config: mesh.make_mesh(config, devices))
+        patch.setattr(run_model, "make_mesh", lambda config: mesh.make_mesh(config, devices))
         yield
 
 

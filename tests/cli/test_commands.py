@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter, save_adapter
 from smoa_jax.checkpoint.base import load_base
+from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
 from smoa_jax.cli import main
 from smoa_jax.models.decoder import Decoder
 from tests.cli.tiny import COLOURS, refusal

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from smoa_jax.sharding import mesh
-from smoa_jax.training import setup
+from smoa_jax.training import model as run_model
 from tests.cli.damage import make_another_base
 from tests.cli.tiny import check_refused
 
@@ -180,7 +180,7 @@ COMMANDS = {
 
 
 def test_evaluation_batches_that_the_mesh_does_not_divide_are_refused(trained, capsys, monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", mesh.make_mesh)  # all eight devices
+    monkeypatch.setattr(run_model, "make_mesh", mesh.make_mesh)  # all eight devices
     arguments = ["evaluate", "--config", trained.config, "--adapter_dir", trained.adapter]
     words = ["train.eval_batch_size=3", "multiple of 8"]
     check_refused(capsys, [*arguments, "--train.eval_batch_size", 3], words, [trained.run])

@@ -9,7 +9,7 @@ import pytest
 
 from smoa_jax.cli import main
 from smoa_jax.sharding import mesh
-from smoa_jax.training import setup
+from smoa_jax.training import model as run_model
 from tests.checkpoint.hf_files import CONFIG, llama_tensors, write_gguf
 from tests.cli.damage import (
     UP,
@@ -130,7 +130,7 @@ def test_a_configuration_that_is_not_there_is_named(tmp_path, capsys):
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(place, capsys, monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", mesh.make_mesh)  # all eight devices
+    monkeypatch.setattr(run_model, "make_mesh", mesh.make_mesh)  # all eight devices
     arguments = ["train", "--config", place.config]
     words = ["train.batch_size", "=12", "multiple of 8"]
     check_refused(capsys, [*arguments, "--train.batch_size", "12"], words, [])

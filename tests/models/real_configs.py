@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from smoa_jax.checkpoint.hf_config import config_from_hf
+from smoa_jax.checkpoint.huggingface.config import config_from_hf
 from smoa_jax.models.config import DecoderConfig
 
 

@@ -28,7 +28,7 @@ from smoa_jax.models.fused_attention import (
 )
 from smoa_jax.sharding.mesh import BATCH_AXES, MeshConfig, make_mesh
 from smoa_jax.training.config import ModelConfig, RunConfig, TrainConfig
-from smoa_jax.training.setup import load_model, make_decoder
+from smoa_jax.training.model import load_model, make_decoder
 from tests.models import tiny
 from tests.models.test_remat import factors_of, kept_sizes, with_factors
 
@@ -366,7 +366,7 @@ def test_a_run_passes_its_mesh_rows_and_model_to_the_choice(monkeypatch, shardin
         asked.update(name=name, config=config, **named)
         return SPLASH
 
-    monkeypatch.setattr("smoa_jax.training.setup.choose_attention", record)
+    monkeypatch.setattr("smoa_jax.training.state.choose_attention", record)
     config = run_config(attention="splash")
     config = dataclasses.replace(config, data=DataConfig(max_length=96, buckets=(32,), pack=True))
     base: Any = SimpleNamespace(config=BASE)
@@ -383,8 +383,8 @@ def test_a_run_passes_its_mesh_rows_and_model_to_the_choice(monkeypatch, shardin
 
 def test_a_run_is_refused_its_kernel_before_any_weight_is_read(monkeypatch):
     abstract = SimpleNamespace(config=BASE, params=abstract_params(BASE))
-    monkeypatch.setattr("smoa_jax.training.setup.abstract_base", lambda *_: abstract)
-    monkeypatch.setattr("smoa_jax.training.setup.load_base", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("smoa_jax.training.state.abstract_base", lambda *_: abstract)
+    monkeypatch.setattr("smoa_jax.training.state.load_base", lambda *_: pytest.fail("read"))
     config = dataclasses.replace(run_config(attention="splash"), mesh=MeshConfig(data=8, fsdp=1))
     with pytest.raises(ValueError, match=r"model\.attention=splash on platform 'cpu'"):
         load_model(config)

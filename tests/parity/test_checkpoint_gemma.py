@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from smoa_jax.checkpoint.base import load_base
-from smoa_jax.checkpoint.hf_export import export_huggingface
+from smoa_jax.checkpoint.export.huggingface import export_huggingface
 from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig, generate

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from smoa_jax.checkpoint.base import BaseModel, load_base
-from smoa_jax.checkpoint.hf_export import export_huggingface
+from smoa_jax.checkpoint.export.huggingface import export_huggingface
 from smoa_jax.models.config import DecoderConfig, RopeScaling
 from smoa_jax.models.decoder import Decoder
 

@@ -13,7 +13,7 @@ from smoa_jax import SmoaConfig, apply_smoa, merge_smoa
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import Blocks
 from smoa_jax.checkpoint.base import load_base
-from smoa_jax.checkpoint.peft_files import export_peft
+from smoa_jax.checkpoint.peft.export import export_peft
 from smoa_jax.models.decoder import Decoder
 from tests.parity.peft_models import TOKENS, peft_logits, write_llama
 from tests.parity.test_checkpoint_gemma import torch_model

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from smoa_jax import merge_smoa
-from smoa_jax.checkpoint.adapter_files import load_adapter, read_adapter, save_adapter
 from smoa_jax.checkpoint.base import load_base
-from smoa_jax.checkpoint.peft_files import export_peft
-from smoa_jax.checkpoint.peft_import import import_peft
-from smoa_jax.checkpoint.peft_names import module_naming
+from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
+from smoa_jax.checkpoint.peft.export import export_peft
+from smoa_jax.checkpoint.peft.load import import_peft
+from smoa_jax.checkpoint.peft.names import module_naming
 from smoa_jax.cli import main
 from smoa_jax.models.decoder import Decoder
 from tests.parity.peft_models import (

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from smoa_jax.sharding import mesh
-from smoa_jax.training import setup
+from smoa_jax.training import model as run_model
 from tests.training.tiny_run import write_base
 
 
@@ -20,4 +20,4 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = jax.devices()[:1]
-    monkeypatch.setattr(setup, "make_mesh", lambda config: mesh.make_mesh(config, devices))
+    monkeypatch.setattr(run_model, "make_mesh", lambda config: mesh.make_mesh(config, devices))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from smoa_jax.sharding.processes import DistributedConfig, batch_share
-from smoa_jax.training.loop import run
+from smoa_jax.training.run import run
 from tests.processes import run_processes, start_processes
 from tests.training.tiny_run import read_metrics, run_config
 from tests.training.train_in_processes import CHANGES

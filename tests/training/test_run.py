@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from smoa_jax.adapter.tree import strip_smoa
 from smoa_jax.checkpoint.base import load_base
-from smoa_jax.training import loop
+from smoa_jax.training import run as training_run
 from smoa_jax.training.config import OptimizerConfig
-from smoa_jax.training.loop import RunError, run
+from smoa_jax.training.run import RunError, run
 from tests.training.tiny_run import read_metrics, run_config, write_base
 
 
@@ -21,13 +21,13 @@ from tests.training.tiny_run import read_metrics, run_config, write_base
 def runners(monkeypatch):
     """The runners of the runs in a test, for a look at their final state."""
     made = []
-    original = loop._Runner.__init__
+    original = training_run._Runner.__init__
 
     def keep(self, *arguments):
         original(self, *arguments)
         made.append(self)
 
-    monkeypatch.setattr(loop._Runner, "__init__", keep)
+    monkeypatch.setattr(training_run._Runner, "__init__", keep)
     return made
 
 
@@ -57,14 +57,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base_dir, tmp_pat
     run(run_config(base_dir, tmp_path / "whole", **changes))
     broken = run_config(base_dir, tmp_path / "broken", train_save_every=2, **changes)
 
-    step = loop._Runner._save
+    step = training_run._Runner._save
 
     def stop_after_saving(self, *arguments):
         step(self, *arguments)
         self._stopping.set()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Runner, "_save", stop_after_saving)
+        patch.setattr(training_run._Runner, "_save", stop_after_saving)
         assert not run(broken).finished
     assert run(broken, resume=True).finished
     whole, _, resumed = runners
@@ -151,7 +151,7 @@ def test_accumulation_changes_nothing_but_memory(base_dir, tmp_path, runners):
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(
     base_dir, tmp_path, runners, monkeypatch
 ):
-    original = loop.load_model
+    original = training_run.load_model
 
     def poisoned(config):
         loaded = original(config)
@@ -159,7 +159,7 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(
         params["norm"] = {"scale": params["norm"]["scale"] * np.inf}
         return dataclasses.replace(loaded, base=dataclasses.replace(loaded.base, params=params))
 
-    monkeypatch.setattr(loop, "load_model", poisoned)
+    monkeypatch.setattr(training_run, "load_model", poisoned)
     with pytest.raises(RunError, match="not finite"):
         run(run_config(base_dir, tmp_path / "run", train_max_skipped=1))
     b = runners[0]._state["trainable"]["layers"]["mlp"]["up_proj"]["smoa"].b

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.checkpoint.hf_export import export_huggingface
+from smoa_jax.checkpoint.export.huggingface import export_huggingface
 from smoa_jax.data.arithmetic import ArithmeticTask, arithmetic_row
 from smoa_jax.data.config import DataConfig, TaskConfig
 from smoa_jax.models.config import DecoderConfig

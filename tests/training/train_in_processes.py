@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-from smoa_jax.training import loop
+from smoa_jax.training import run as training_run
 from tests.processes import report
 from tests.training.tiny_run import run_config
 
@@ -45,15 +45,15 @@ def main() -> None:
         **CHANGES[size],
     )
     if mode == "interrupted" and index != "0":
-        original = loop._Runner._stop_asked
+        original = training_run._Runner._stop_asked
 
         def interrupted(self, step):
             if step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, step)
 
-        loop._Runner._stop_asked = interrupted
-    summary = loop.run(config, resume=mode == "resumed")
+        training_run._Runner._stop_asked = interrupted
+    summary = training_run.run(config, resume=mode == "resumed")
     report(dataclasses.asdict(summary))
 
 

@@ -1,0 +1,365 @@
+"""What a partition needs to know of each kernel's spectrum, planned once before training.
+
+``plan_spectra`` decomposes every targeted kernel (``decompose.py``), one layer at a time per
+device. Blocks [S2] need each coordinate's centre of mass in the spectrum; bands [S1] need the parts
+of the weight themselves.
+
+Several processes share the layers out: each decomposes its own, then all receive all results
+(``exchange.py``), so every layer is decomposed once and all processes hold the same bits.
+
+Abstract kernels (``jax.ShapeDtypeStruct``) give abstract spectra and compute nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from threadpoolctl import threadpool_limits
+
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.placement import full_spec
+from smoa_jax.adapter.planning.cache import CacheEntry
+from smoa_jax.adapter.planning.decompose import layer_bands, layer_scores, traced_bands
+from smoa_jax.adapter.planning.exchange import (
+    gather_layer,
+    raise_together,
+    share_result,
+    spans_processes,
+)
+from smoa_jax.adapter.targets import Target, find_targets, lookup
+from smoa_jax.adapter.types import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockScores:
+    """Centre of mass in the spectrum of each input and output coordinate, in units of index j."""
+
+    inputs: Any  # (L?, I) float32
+    outputs: Any  # (L?, O) float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BandParts:
+    """The bands of the spectrum: their matrices but the last, where they begin, their norms."""
+
+    bands: Any  # (L?, M-1, I, O) in the kernel's dtype
+    cuts: Any  # (L?, M-1) float32, first singular index of bands 2..M
+    norms: Any  # (L?, M) float32, Frobenius
+
+
+Spectrum: TypeAlias = BlockScores | BandParts
+#: Dotted module path -> spectrum; empty for partitions that need none.
+Spectra: TypeAlias = dict[str, Spectrum]
+#: What planning one layer gives, by field of its spectrum.
+Result: TypeAlias = dict[str, np.ndarray]
+#: Begin and end of a part of an array, for each axis.
+Bounds: TypeAlias = tuple[tuple[int, int], ...]
+#: Called with (layers done, layers in all, module path) as planning proceeds.
+Progress: TypeAlias = Callable[[int, int, str], None]
+
+
+def plan_spectra(
+    base_params: Params,
+    config: SmoaConfig,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Spectra:
+    """Decompose every kernel that ``config`` adapts; slow once, cacheable.
+
+    Memory: one layer's kernel and factors at a time per device, beside the results, which are two
+    vectors per layer for blocks and M - 1 kernels for bands, laid out like their kernel. With
+    several processes all must call this, with the same arguments; kernels may span them.
+
+    Args:
+        base_params: Nested dict of arrays, or of ``ShapeDtypeStruct`` for an abstract plan.
+        config: Only its targets, partition and number of subspaces matter here.
+        cache_dir: Directory of results of earlier calls, keyed by the content of each layer's
+            weights. An entry that cannot be read is recomputed, with a warning.
+        progress: Told after every layer, of this process's layers.
+
+    Returns:
+        Spectra by dotted module path; ``{}`` when the partition needs none.
+
+    Raises:
+        ValueError: as ``find_targets``; if a band is empty; if a kernel is not finite.
+    """
+    targets = find_targets(base_params, config)
+    if config.partition not in ("spectral_blocks", "spectral_bands"):
+        return {}
+    kernels = [lookup(base_params, target.path)[target.key] for target in targets]
+    if any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels):
+        return {t.name: _abstract(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+    if any(isinstance(kernel, Tracer) for kernel in kernels):
+        return {t.name: _traced(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+    jobs = [
+        _Job(target, kernel, layer)
+        for target, kernel in zip(targets, kernels, strict=True)
+        for layer, selected in enumerate(target.selected)
+        if selected
+    ]
+    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
+    own = _plan_share(jobs, planner, progress)
+    stacks = {t.name: _Stack(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+    for number, job in enumerate(jobs):
+        like = _layer_structs(job.target, job.kernel.dtype, config)
+        owner = number % jax.process_count()
+        result = share_result(own.pop(number, None), like, owner)
+        stacks[job.target.name].put(job.layer, result)
+    return {name: stack.spectrum() for name, stack in stacks.items()}
+
+
+def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
+    """Refuse recomputed bands whose norms differ from the stored ones by more than 1e-5.
+
+    Raises:
+        ValueError: naming the kernel; the base is then another one than the adapter's.
+    """
+    got, expected = np.asarray(parts.norms), np.asarray(stored_norms)
+    error = float(np.max(np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)))
+    if not error <= 1e-5:
+        raise ValueError(
+            f"got bands of {path} whose norms differ by {error:.1e} (relative) from the stored "
+            "ones; expected at most 1e-5; load the adapter onto the base it was trained on"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One layer to decompose."""
+
+    target: Target
+    kernel: Any
+    layer: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.target.name}[{self.layer}]" if self.target.leading else self.target.name
+
+
+def _plan_share(
+    jobs: Sequence[_Job], planner: _Planner, progress: Progress | None
+) -> dict[int, Result]:
+    """The results of every n-th job, n processes in all, layers in parallel.
+
+    All processes walk through all jobs together, since each has parts of the kernels that span
+    them; a layer of such a kernel is held by the process that decomposes it alone.
+    """
+    count, me = jax.process_count(), jax.process_index()
+    devices = jax.local_devices()
+    workers = os.cpu_count() or 1
+    if devices[0].platform != "cpu":
+        workers = min(len(devices), workers)
+    total = len(range(me, len(jobs), count))
+    results: dict[int, Result] = {}
+    pending: dict[Future, int] = {}
+    error: Exception | None = None
+
+    def settle(most: int) -> None:
+        """Wait until at most ``most`` layers are under way."""
+        while len(pending) > most:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                number = pending.pop(future)
+                results[number] = future.result()
+                if progress is not None:
+                    progress(len(results), total, jobs[number].target.name)
+
+    # One BLAS thread each: LAPACK's own threads slow a busy machine down by a factor of ten.
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        try:
+            for number, job in enumerate(jobs):
+                mine = number % count == me and error is None
+                try:
+                    if mine:
+                        settle(workers - 1)
+                except Exception as raised:  # the others still wait for this process's parts
+                    error, mine = raised, False
+                fetch = functools.partial(kernel_layer, job.kernel, job.target, job.layer)
+                if spans_processes(job.kernel):
+                    matrix = fetch()
+                    fetch = functools.partial(np.asarray, matrix)
+                if mine:
+                    device = devices[number // count % len(devices)]
+                    pending[pool.submit(planner.layer, job, fetch, device)] = number
+            try:
+                if error is None:
+                    settle(0)
+            except Exception as raised:
+                error = raised
+            raise_together(error)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+class _Planner:
+    """Decomposes single layers, or finds them in the cache."""
+
+    def __init__(self, config: SmoaConfig, cache_dir: Path | None):
+        self._config = config
+        self._cache_dir = cache_dir
+
+    def layer(self, job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
+        matrix = fetch()
+        entry = self._entry(job, matrix)
+        found = entry.read() if entry is not None else None
+        if found is not None:
+            return found
+        matrix = jax.device_put(matrix, device)
+        if not bool(jnp.isfinite(matrix).all()):
+            raise ValueError(
+                f"got values that are not finite in {job.name}; expected finite weights; check the "
+                "checkpoint"
+            )
+        if self._config.has_blocks:
+            result = {k: np.asarray(v) for k, v in layer_scores(matrix).items()}
+        else:
+            result = layer_bands(matrix, self._config.num_subspaces, job.name)
+        if entry is not None:
+            entry.write(result)
+        return result
+
+    def _entry(self, job: _Job, matrix: Any) -> CacheEntry | None:
+        if self._cache_dir is None:
+            return None
+        kind: tuple[Any, ...] = (self._config.partition,)
+        if not self._config.has_blocks:  # scores serve any number of blocks, bands do not
+            kind = (*kind, self._config.num_subspaces)
+        like = _layer_structs(job.target, job.kernel.dtype, self._config)
+        return CacheEntry(self._cache_dir, np.asarray(matrix), kind, like, job.name)
+
+
+def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
+    """One layer of a kernel as (I, O), without moving the others.
+
+    All processes must call it for a kernel that spans them.
+    """
+    one: Any = gather_layer(kernel, target.view, layer)
+    return target.view.of_one_layer().to_matrix(one)
+
+
+def _layer_structs(
+    target: Target, dtype: Any, config: SmoaConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the result of one layer looks like."""
+    inputs, outputs = target.matrix_shape[-2:]
+    subspaces = config.num_subspaces
+    if config.has_blocks:
+        shapes = {"inputs": (inputs,), "outputs": (outputs,)}
+    else:
+        shapes = {
+            "bands": (subspaces - 1, inputs, outputs),
+            "cuts": (subspaces - 1,),
+            "norms": (subspaces,),
+        }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype if name == "bands" else jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def _abstract(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
+    fields = {
+        name: jax.ShapeDtypeStruct((*target.leading, *struct.shape), struct.dtype)
+        for name, struct in _layer_structs(target, kernel.dtype, config).items()
+    }
+    return BlockScores(**fields) if config.has_blocks else BandParts(**fields)
+
+
+def _traced(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
+    """The same as part of a traced program; ``jax.eval_shape`` then computes nothing."""
+    matrix = target.view.to_matrix(kernel)
+    layers = matrix if target.leading else matrix[None]
+    if config.has_blocks:
+        spectrum = BlockScores(**jax.lax.map(layer_scores, layers))
+    else:
+        subspaces = config.num_subspaces
+        parts = jax.lax.map(lambda w: traced_bands(w, subspaces, target.name), layers)
+        spectrum = BandParts(**parts)
+    return spectrum if target.leading else jax.tree.map(lambda leaf: leaf[0], spectrum)
+
+
+class _Stack:
+    """The results of one kernel, layer upon layer; layers left out hold zeros.
+
+    Bands lie where their kernel lies: of a kernel with a ``NamedSharding`` only the shards of this
+    process's devices exist. Everything else is small, and whole.
+    """
+
+    def __init__(self, target: Target, kernel: Any, config: SmoaConfig):
+        self._target = target
+        self._abstract = _abstract(target, kernel, config)
+        self._sharding = _bands_sharding(target, kernel) if not config.has_blocks else None
+        self._whole: dict[str, np.ndarray] = {}
+        self._shards: dict[Bounds, np.ndarray] = {}  # of bands, by place
+        for field in dataclasses.fields(self._abstract):
+            struct = getattr(self._abstract, field.name)
+            if field.name == "bands" and self._sharding is not None:
+                for bounds in self._places().values():
+                    if bounds not in self._shards:
+                        shape = [stop - start for start, stop in bounds]
+                        self._shards[bounds] = np.zeros(shape, struct.dtype)
+            else:
+                self._whole[field.name] = np.zeros(struct.shape, struct.dtype)
+
+    def put(self, layer: int, result: Mapping[str, np.ndarray]) -> None:
+        """Take in one layer's result."""
+        stacked = bool(self._target.leading)
+        for name, array in self._whole.items():
+            array[(layer,) if stacked else ()] = result[name]
+        for bounds, shard in self._shards.items():
+            part = tuple(slice(*edges) for edges in (bounds[1:] if stacked else bounds))
+            if not stacked:
+                shard[...] = result["bands"][part]
+            elif layer in range(*bounds[0]):
+                shard[layer - bounds[0][0]] = result["bands"][part]
+
+    def spectrum(self) -> Spectrum:
+        """All layers."""
+        fields: dict[str, Any] = dict(self._whole)
+        if self._sharding is not None:
+            assert isinstance(self._abstract, BandParts)
+            struct = self._abstract.bands
+            arrays = [
+                jax.device_put(self._shards[bounds], device)
+                for device, bounds in self._places().items()
+            ]
+            fields["bands"] = jax.make_array_from_single_device_arrays(
+                struct.shape, self._sharding, arrays, dtype=struct.dtype
+            )
+        return type(self._abstract)(**fields)
+
+    def _places(self) -> dict[Any, Bounds]:
+        """Where the bands of each device of this process begin and end, by axis."""
+        assert self._sharding is not None
+        assert isinstance(self._abstract, BandParts)
+        shape = self._abstract.bands.shape
+        return {
+            device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+            for device, index in self._sharding.addressable_devices_indices_map(shape).items()
+            if index is not None
+        }
+
+
+def _bands_sharding(target: Target, kernel: Any) -> NamedSharding | None:
+    """That of the kernel, bands whole; None where its axes are not those of its matrix."""
+    if not isinstance(kernel, jax.Array) or not isinstance(kernel.sharding, NamedSharding):
+        return None
+    if target.view_text:
+        return None
+    axes = full_spec(kernel.sharding, kernel.ndim)
+    return NamedSharding(kernel.sharding.mesh, PartitionSpec(*axes[:-2], None, *axes[-2:]))

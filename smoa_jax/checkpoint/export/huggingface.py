@@ -1,0 +1,199 @@
+"""A plain params tree as a Hugging Face directory that other tools open.
+
+Weights go out shard by shard, one tensor at a time from the devices, so the host never holds more
+than one shard. Everything is written into a sibling directory first and renamed at the end: the
+target holds a whole model or none, whenever the process is killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from smoa_jax.checkpoint.directories import replaced_directory
+from smoa_jax.checkpoint.errors import listed
+from smoa_jax.checkpoint.export.model_files import (
+    TokenizerWriter,
+    check_params,
+    plan_files,
+    write_json,
+)
+from smoa_jax.checkpoint.huggingface.config import is_multimodal
+from smoa_jax.checkpoint.huggingface.directory import CONFIG_FILE
+from smoa_jax.checkpoint.huggingface.multimodal import TextPart, processor_files
+from smoa_jax.checkpoint.huggingface.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    open_directory,
+)
+from smoa_jax.checkpoint.names import TensorSlot, flatten_tree
+from smoa_jax.models.config import DecoderConfig
+
+
+def export_huggingface(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    directory: str | Path,
+    *,
+    dtype: DTypeLike,
+    hf_config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    tokenizer: TokenizerWriter | None = None,
+    tokenizer_files: Sequence[str | Path] = (),
+    multimodal_source: str | Path | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model that ``AutoModelForCausalLM.from_pretrained`` opens.
+
+    Example:
+
+        export_huggingface(merge_smoa(params), base.config, "merged", dtype=jnp.float32,
+                           hf_config=base.hf_config, tokenizer=tokenizer)
+
+    Args:
+        params: a plain tree, no adapter in it; on one process's devices.
+        config: its decoder.
+        directory: to be made; ValueError if it holds anything, unless ``overwrite``.
+        dtype: of the weights on disk, float32 or bfloat16.
+        hf_config: the source's own ``config.json``, kept whole except for the dtype.
+        generation_config: the source's own; None writes the token ids of ``hf_config``.
+        tokenizer: an object with ``save_pretrained``, or a function of the directory.
+        tokenizer_files: files to copy beside the weights.
+        multimodal_source: directory of the multimodal model that ``hf_config`` describes and the
+            params are the decoder of: they go where they stood, and all else is copied from there.
+        max_shard_bytes: a larger tensor gets a file of its own.
+        overwrite: replace an exported model; any other non-empty directory is refused still.
+
+    Returns:
+        The directory.
+    """
+    target = Path(directory).expanduser()
+    if max_shard_bytes < 1:
+        raise ValueError(f"got max_shard_bytes {max_shard_bytes}; expected at least 1")
+    whole = _open_whole(hf_config, multimodal_source)
+    if whole is not None:
+        tokenizer_files = [*tokenizer_files, *processor_files(Path(whole.source))]
+    files = plan_files(
+        config,
+        dtype,
+        hf_config=hf_config,
+        generation_config=generation_config,
+        tokenizer=tokenizer,
+        tokenizer_files=tokenizer_files,
+        reserved=(INDEX_FILE, SINGLE_FILE),
+    )
+    slots = check_params(params, config)
+    pieces = _pieces(params, slots, np.dtype(jnp.dtype(dtype)), whole)
+    with replaced_directory(
+        target, marker=CONFIG_FILE, what="an exported model", overwrite=overwrite
+    ) as draft:
+        _write_weights(pieces, draft, max_shard_bytes)
+        files.write(draft)
+    return target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One tensor to be written: made when its file is, so that the host holds one file's."""
+
+    name: str
+    num_values: int
+    num_bytes: int
+    make: Callable[[], np.ndarray]
+
+
+def _open_whole(hf_config: Mapping[str, Any] | None, source: str | Path | None) -> TextPart | None:
+    multimodal = hf_config is not None and is_multimodal(hf_config)
+    if multimodal != (source is not None):
+        raise ValueError(
+            f"got {'a' if multimodal else 'no'} multimodal hf_config and multimodal_source "
+            f"{source}; expected the directory of a multimodal model with its own hf_config, and "
+            "neither for a text model; give both or none"
+        )
+    return None if source is None else TextPart(open_directory(Path(source)))
+
+
+def _pieces(
+    params: Mapping[str, Any],
+    slots: Mapping[str, TensorSlot],
+    dtype: np.dtype,
+    whole: TextPart | None,
+) -> list[_Piece]:
+    """All tensors in the order of the files: the decoder's, then those that are copied."""
+    leaves = flatten_tree(params)
+    absent = [] if whole is None else [name for name in slots if name not in whole.stored_names]
+    if whole is not None and absent:
+        raise ValueError(
+            f"got multimodal_source {whole.source} without {listed(absent)}; expected the model "
+            "that the params are the decoder of"
+        )
+    pieces = []
+    for name, slot in slots.items():
+        count = int(np.prod(slot.shape, dtype=np.int64))
+        pieces.append(
+            _Piece(
+                name=name if whole is None else whole.stored_names[name],
+                num_values=count,
+                num_bytes=count * dtype.itemsize,
+                make=functools.partial(_tensor, leaves, slot, dtype),
+            )
+        )
+    if whole is None:
+        return pieces
+    copied = [
+        _Piece(
+            name=name,
+            num_values=whole.other_size(name),
+            num_bytes=whole.other_bytes(name),
+            make=functools.partial(whole.read_other, name),
+        )
+        for name in whole.others
+    ]
+    return pieces + copied
+
+
+def _write_weights(pieces: Sequence[_Piece], directory: Path, max_shard_bytes: int) -> None:
+    shards = _plan_shards(pieces, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE_FILE
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {piece.name: piece.make() for piece in shard}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        metadata = {
+            "total_parameters": sum(piece.num_values for piece in pieces),
+            "total_size": sum(piece.num_bytes for piece in pieces),
+        }
+        write_json(directory / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _plan_shards(pieces: Sequence[_Piece], max_shard_bytes: int) -> list[list[_Piece]]:
+    """The tensors of each file, in order; a file is closed before it would grow too large."""
+    shards: list[list[_Piece]] = []
+    room = -1
+    for piece in pieces:
+        if room < piece.num_bytes:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(piece)
+        room -= piece.num_bytes
+    return shards
+
+
+def _tensor(leaves: Mapping[Any, Any], slot: TensorSlot, dtype: np.dtype) -> np.ndarray:
+    """One tensor in the order and dtype of the disk, in memory of its own."""
+    array = leaves[slot.path]
+    values = np.asarray(array if slot.layer is None else array[slot.layer])
+    return np.array(values.T if slot.transpose else values, dtype=dtype, order="C")

@@ -1,0 +1,254 @@
+"""The metadata of a GGUF file as the ``config.json`` of a Hugging Face directory would have it.
+
+GGUF keeps what llama.cpp's loader needs; some of Gemma's constants are written in that loader and
+not in the file (its rotary base of local layers, which layers those are, the query scale of the
+27B models), and stand here for the same architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.huggingface.families import FAMILIES, GLOBAL, LOCAL
+from smoa_jax.checkpoint.huggingface.fields import rope_scaling_fields, short
+from smoa_jax.models.config import RopeScaling
+from smoa_jax.models.rope import rope_frequencies
+
+#: Architectures in GGUF's words -> model types in Hugging Face's.
+ARCHITECTURES = {
+    "llama": "llama",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
+# GGUF keeps what these make of the frequencies, not the numbers; all Llama 3 releases share them.
+_LLAMA3_CONSTANTS: dict[str, Any] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_positions": 8192,
+}
+# Metadata (after "llama.") of layers that the architecture hasn't got, and what means off.
+_MUST_BE_OFF: dict[str, dict[str, int]] = {
+    "llama": {"expert_count": 0, "attention.sliding_window": 0},
+    "gemma": {"expert_count": 0, "attention.sliding_window": 0},
+    "gemma2": {"expert_count": 0},
+    "gemma3": {"expert_count": 0, "attn_logit_softcapping": 0},
+}
+# One global layer in so many, and the depth of the model whose query scale is sqrt(D / N).
+_LOCAL_PATTERNS = {"gemma2": 2, "gemma3": 6}
+_DEPTHS_OF_27B = {"gemma2": 46, "gemma3": 62}
+
+
+class GgufMetadata:
+    """The metadata of one file, with errors that name it.
+
+    Args:
+        source: The file, for messages.
+        fields: Key -> field, as ``gguf.GGUFReader`` has them.
+    """
+
+    def __init__(self, source: str, fields: Mapping[str, Any]):
+        self.source = source
+        self._fields = fields
+        self.architecture = self.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{source}: architecture {self.architecture!r}; "
+                f"expected one of {', '.join(ARCHITECTURES)}"
+            )
+        if self.get("split.count", 1) > 1:
+            raise CheckpointError(
+                f"{source}: one part of a split GGUF; expected a single file: "
+                "join the parts with `llama-gguf-split --merge`"
+            )
+        for key, off in _MUST_BE_OFF[self.architecture].items():
+            if self.own(key, off) != off:
+                raise CheckpointError(
+                    f"{source}: metadata {self._name(key)} is {self.own(key)}; expected {off} or "
+                    f"none: a plain {self.architecture} has no such layers"
+                )
+        if self.own("attention.causal", True) is not True:
+            raise CheckpointError(
+                f"{source}: metadata {self._name('attention.causal')} is false; expected a "
+                "language model, whose tokens see only what comes before them"
+            )
+
+    @property
+    def model_type(self) -> str:
+        """The architecture in Hugging Face's words."""
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether the architecture has norms on what attention and feed-forward give."""
+        return self.architecture in _LOCAL_PATTERNS
+
+    @property
+    def has_offset_norms(self) -> bool:
+        """Whether the file holds 1 + w where Hugging Face's norms hold w."""
+        return self.architecture != "llama"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value under ``key``, or ``default`` where the file has none."""
+        field = self._fields.get(key)
+        return default if field is None else field.contents()
+
+    def own(self, key: str, default: Any = None) -> Any:
+        """The value under the architecture's own ``key``."""
+        return self.get(self._name(key), default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The whole number under the architecture's own ``key``."""
+        value = self.own(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"{self.source}: metadata {self._name(key)} is {_short(value)}; expected a whole "
+                "number above 0, the same for all layers"
+            )
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """The number under the architecture's own ``key``: the shortest decimal of its float32."""
+        value = self.own(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise CheckpointError(
+                f"{self.source}: metadata {self._name(key)} is {_short(value)}; expected a number"
+            )
+        return float(str(np.float32(value)))
+
+    @property
+    def head_dim(self) -> int:
+        """The size of a head, the same for queries, keys, values and rotation."""
+        heads = self.integer("attention.head_count")
+        head_dim = self.integer("attention.key_length", self.integer("embedding_length") // heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self.integer(key, head_dim) != head_dim:
+                raise CheckpointError(
+                    f"{self.source}: metadata {self._name(key)} is {self.integer(key)}; "
+                    f"expected the head size {head_dim}"
+                )
+        return head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.integer("attention.head_count_kv", self.integer("attention.head_count"))
+
+    def hf_config(
+        self, *, vocab_size: int, has_head: bool, rope_factors: np.ndarray | None
+    ) -> dict[str, Any]:
+        """The ``config.json``.
+
+        Args:
+            vocab_size: Rows of the embedding.
+            has_head: Whether the file has a head of its own.
+            rope_factors: The tensor of divisors of the rotary frequencies, if there is one.
+        """
+        config = {
+            "architectures": [FAMILIES[self.model_type].architecture],
+            "model_type": self.model_type,
+            "vocab_size": vocab_size,
+            "hidden_size": self.integer("embedding_length"),
+            "intermediate_size": self.integer("feed_forward_length"),
+            "num_hidden_layers": self.integer("block_count"),
+            "num_attention_heads": self.integer("attention.head_count"),
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.integer("context_length"),
+            "rms_norm_eps": self.real("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": not has_head,
+            "attention_bias": False,
+            **self._activation(),
+            **self._rope(rope_factors),
+            **self._local_layers(),
+        }
+        return {**config, **self.generation_config()}
+
+    def generation_config(self) -> dict[str, Any]:
+        """The special tokens' ids, as ``generation_config.json`` names them."""
+        keys = {
+            "bos_token_id": "bos_token_id",
+            "eos_token_id": "eos_token_id",
+            "pad_token_id": "padding_token_id",
+        }
+        values = {name: self.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _name(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def _activation(self) -> dict[str, Any]:
+        if self.architecture == "llama":
+            return {"hidden_act": "silu", "mlp_bias": False}
+        key = "hidden_act" if self.architecture == "gemma" else "hidden_activation"
+        return {key: "gelu_pytorch_tanh"}
+
+    def _local_layers(self) -> dict[str, Any]:
+        """What Gemma 2 and 3 have beside a plain decoder."""
+        if not self.has_post_norms:
+            return {}
+        layers, heads = self.integer("block_count"), self.integer("attention.head_count")
+        pattern = self.own("attention.sliding_window_pattern", _LOCAL_PATTERNS[self.architecture])
+        if isinstance(pattern, list):
+            local = [bool(entry) for entry in pattern]
+        else:
+            local = [bool((layer + 1) % pattern) for layer in range(layers)]
+        is_27b = layers == _DEPTHS_OF_27B[self.architecture]
+        scalar = self.integer("embedding_length") // heads if is_27b else self.head_dim
+        fields = {
+            "query_pre_attn_scalar": scalar,
+            "sliding_window": self.integer(
+                "attention.sliding_window", 4096 if self.architecture == "gemma2" else None
+            ),
+            "layer_types": [LOCAL if is_local else GLOBAL for is_local in local],
+        }
+        if self.architecture == "gemma2":
+            caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+            return {**fields, **{key: self.real(key, default) for key, default in caps.items()}}
+        cap = self.own("final_logit_softcapping")
+        return {
+            **fields,
+            "rope_local_base_freq": self.real("rope.freq_base_swa", 10000.0),
+            "final_logit_softcapping": cap or None,
+            "attn_logit_softcapping": None,
+        }
+
+    def _rope(self, factors: np.ndarray | None) -> dict[str, Any]:
+        base = {"rope_theta": self._rope_base()}
+        # As llama.cpp reads them: a factor without a type is linear, in older files too.
+        key = "rope.scaling.factor"
+        factor = self.real(key if self.own(key) is not None else "rope.scale_linear", 0.0)
+        kind = self.own("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")
+        if factors is not None:
+            if kind != "none":
+                raise CheckpointError(
+                    f"{self.source}: both rotary factors and rope.scaling.type {kind!r}; "
+                    "expected one of them"
+                )
+            return {**base, **rope_scaling_fields(self._llama3_scaling(factors))}
+        if kind == "none":
+            return base
+        return {**base, "rope_scaling": {"rope_type": kind, "factor": factor or None}}
+
+    def _rope_base(self) -> float:
+        return self.real("rope.freq_base", 1e6 if self.architecture == "gemma3" else 10000.0)
+
+    def _llama3_scaling(self, factors: np.ndarray) -> RopeScaling:
+        """The Llama 3 scaling whose divisors of the frequencies the file holds as a tensor."""
+        scaling = RopeScaling(kind="llama3", factor=float(factors.max()), **_LLAMA3_CONSTANTS)
+        plain = rope_frequencies(self.head_dim, self._rope_base(), RopeScaling())
+        expected = plain / rope_frequencies(self.head_dim, self._rope_base(), scaling)
+        if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+            raise CheckpointError(
+                f"{self.source}: rope_freqs.weight holds other factors than Llama 3's rotary "
+                "scaling; expected those of Llama 3.1 to 3.3: use the safetensors of this model"
+            )
+        return scaling
+
+
+def _short(value: object) -> str:
+    return "missing" if value is None else short(value)

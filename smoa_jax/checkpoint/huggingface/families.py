@@ -1,0 +1,304 @@
+"""What each model type of Hugging Face's means for the decoder, and back.
+
+A family is a table of what transformers assumes where a ``config.json`` says nothing (Google's own
+files leave much out), of the fields that must be off because the decoder doesn't implement them,
+and two functions: the options of a ``DecoderConfig`` that its fields stand for, and the fields that
+stand for a ``DecoderConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.huggingface.fields import (
+    optional_positive,
+    positive,
+    read_rope,
+    rope_scaling_fields,
+    short,
+    whole,
+)
+from smoa_jax.models.config import DecoderConfig, RopeScaling
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One ``model_type`` and how to read and write its config.
+
+    Attributes:
+        architecture: What ``architectures`` says.
+        defaults: Values of absent fields.
+        nullable: Fields that a null switches off, whatever the default.
+        must_be_off: Fields that change the function -> the values under which they don't.
+        options: From the fields (defaults included) and the file's name to the arguments of
+            ``DecoderConfig`` that families don't share.
+        fields: The inverse.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any]
+    must_be_off: Mapping[str, tuple[Any, ...]]
+    options: Callable[[Mapping[str, Any], str], dict[str, Any]]
+    fields: Callable[[DecoderConfig], dict[str, Any]]
+    nullable: tuple[str, ...] = ()
+
+
+def family_of(config: DecoderConfig) -> str:
+    """The model type whose defaults come closest to a decoder's options."""
+    if not config.norm_offset:
+        return "llama"
+    if not config.post_norms:
+        return "gemma"
+    return "gemma3_text" if config.qk_norm else "gemma2"
+
+
+# --------------------------------------------------------------------------------------- Llama
+
+
+def _llama_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise CheckpointError(
+            f"{source}: hidden_act is {values['hidden_act']!r}; expected silu, as every Llama has"
+        )
+    base, scaling = read_rope(values, source)
+    return {"rope_base": base, "rope_scaling": scaling}
+
+
+def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
+    return {"hidden_act": config.activation, "mlp_bias": False, **_plain_rope(config)}
+
+
+def _plain_rope(config: DecoderConfig) -> dict[str, Any]:
+    # rope_theta, not rope_parameters: transformers 4 and 5 and most other readers know it.
+    return {"rope_theta": config.rope_base, **rope_scaling_fields(config.rope_scaling)}
+
+
+# --------------------------------------------------------------------------------------- Gemma
+
+
+def _gemma_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    # "gelu" is a legacy value of Google's first files; the models were trained with tanh.
+    for key in ("hidden_act", "hidden_activation"):
+        if values.get(key) not in (None, "gelu", "gelu_pytorch_tanh"):
+            raise CheckpointError(
+                f"{source}: {key} is {short(values[key])}; expected gelu_pytorch_tanh, as every "
+                "Gemma has"
+            )
+    base, scaling = read_rope(values, source)
+    return {**_gemma_common(values, source), "rope_base": base, "rope_scaling": scaling}
+
+
+def _gemma_fields(config: DecoderConfig) -> dict[str, Any]:
+    return {"hidden_act": "gelu_pytorch_tanh", **_plain_rope(config)}
+
+
+def _gemma_common(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {
+        "activation": "gelu_tanh",
+        "embed_scale": whole(values, "hidden_size", source) ** 0.5,
+        "norm_offset": 1.0,
+    }
+
+
+def _gemma2_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    base, scaling = read_rope(values, source)
+    return {
+        **_later_gemma(values, source, pattern=2),
+        "attention_soft_cap": optional_positive(values, "attn_logit_softcapping", source),
+        "rope_base": base,
+        "rope_scaling": scaling,
+    }
+
+
+def _gemma2_fields(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        **_later_gemma_fields(config),
+        "attn_logit_softcapping": config.attention_soft_cap or None,
+        **_plain_rope(config),
+    }
+
+
+def _gemma3_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    options = {**_later_gemma(values, source, pattern=_pattern(values, source)), "qk_norm": True}
+    rope = values.get("rope_parameters") or {}
+    by_layer = {key: rope.get(key) or {} for key in (GLOBAL, LOCAL)}
+    if rope and not any(by_layer.values()):  # one flat entry is the global layers'
+        by_layer[GLOBAL] = rope
+    positions = {"max_position_embeddings": values["max_position_embeddings"]}
+    older = {key: values[key] for key in ("rope_theta", "rope_scaling") if values.get(key)}
+    newer = {"rope_parameters": by_layer[GLOBAL]}
+    if by_layer[GLOBAL].get("rope_theta") is not None:
+        older.pop("rope_theta", None)  # transformers lets the newer form win
+    base, scaling = read_rope({**positions, **older, **newer}, source, default_theta=1e6)
+    local, local_scaling = read_rope(
+        {**positions, "rope_parameters": by_layer[LOCAL]},
+        source,
+        default_theta=positive(
+            {"rope_local_base_freq": 1e4, **values}, "rope_local_base_freq", source
+        ),
+    )
+    if local_scaling != RopeScaling():
+        raise CheckpointError(
+            f"{source}: rope_parameters of {LOCAL} are {short(by_layer[LOCAL])}; expected "
+            "rope_type default, as every Gemma 3 has"
+        )
+    has_local = any(options["local_layers"])
+    return {
+        **options,
+        "rope_base": base,
+        "rope_scaling": scaling,
+        "local_rope_base": local if has_local else 0.0,
+    }
+
+
+def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
+    scaling = rope_scaling_fields(config.rope_scaling).get("rope_scaling", {"rope_type": "default"})
+    local = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
+    return {
+        **_later_gemma_fields(config),
+        # Both forms, since transformers 4 knows the older one alone.
+        "rope_theta": config.rope_base,
+        "rope_local_base_freq": local["rope_theta"],
+        **rope_scaling_fields(config.rope_scaling),
+        "rope_parameters": {GLOBAL: {**scaling, "rope_theta": config.rope_base}, LOCAL: local},
+    }
+
+
+def _later_gemma(values: Mapping[str, Any], source: str, pattern: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 share; every ``pattern``-th layer is global unless the file lists them."""
+    if values["hidden_activation"] != "gelu_pytorch_tanh":
+        raise CheckpointError(
+            f"{source}: hidden_activation is {short(values['hidden_activation'])}; expected "
+            "gelu_pytorch_tanh, as every Gemma has"
+        )
+    count = whole(values, "num_hidden_layers", source)
+    kinds = values.get("layer_types")
+    if kinds is None:
+        kinds = [LOCAL if (layer + 1) % pattern else GLOBAL for layer in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - {LOCAL, GLOBAL}:
+        raise CheckpointError(
+            f"{source}: layer_types is {short(kinds)}; expected {LOCAL} or {GLOBAL} for each of "
+            f"{count} layers"
+        )
+    has_local = LOCAL in kinds
+    return {
+        **_gemma_common(values, source),
+        "post_norms": True,
+        "query_scale": positive(values, "query_pre_attn_scalar", source) ** -0.5,
+        "final_soft_cap": optional_positive(values, "final_logit_softcapping", source),
+        "local_layers": tuple(kind == LOCAL for kind in kinds) if has_local else (),
+        "sliding_window": whole(values, "sliding_window", source) if has_local else 0,
+    }
+
+
+def _pattern(values: Mapping[str, Any], source: str) -> int:
+    keys = ("sliding_window_pattern", "_sliding_window_pattern")
+    found = next((key for key in keys if values.get(key) is not None), None)
+    return 6 if found is None else whole(values, found, source)
+
+
+def _later_gemma_fields(config: DecoderConfig) -> dict[str, Any]:
+    local = config.local_layers or (False,) * config.num_layers
+    fields = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": _near_whole(config.attention_scale**-2),
+        "final_logit_softcapping": config.final_soft_cap or None,
+        "layer_types": [LOCAL if is_local else GLOBAL for is_local in local],
+    }
+    return {**fields, "sliding_window": config.sliding_window} if any(local) else fields
+
+
+def _near_whole(value: float) -> float | int:
+    nearest = round(value)
+    return nearest if abs(value - nearest) < 1e-6 * value else value
+
+
+# --------------------------------------------------------------------------------- the families
+
+_SHARED_OFF: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+    "auto_map": (None, {}),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
+    "enable_moe_block": (False, None),
+}
+_CAUSAL = {"use_bidirectional_attention": (False, None)}
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,
+    "vocab_size": 256_000,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+# Google's multimodal configs rely on these for all that their sizes share.
+_LATER_SIZES = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+#: By ``model_type``, as transformers 5 defines them.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        defaults={
+            "hidden_act": "silu",
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+        },
+        must_be_off={**_SHARED_OFF, "mlp_bias": (False, None)},
+        options=_llama_options,
+        fields=_llama_fields,
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 16},
+        must_be_off={**_SHARED_OFF, **_CAUSAL},
+        options=_gemma_options,
+        fields=_gemma_fields,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        defaults={
+            **_GEMMA_DEFAULTS,
+            **_LATER_SIZES,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        must_be_off={**_SHARED_OFF, **_CAUSAL},
+        options=_gemma2_options,
+        fields=_gemma2_fields,
+        nullable=("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"),
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        defaults={
+            **_GEMMA_DEFAULTS,
+            **_LATER_SIZES,
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+        },
+        # transformers reads attn_logit_softcapping into a Gemma 3 and never uses it.
+        must_be_off={**_SHARED_OFF, **_CAUSAL, "attn_logit_softcapping": (None,)},
+        options=_gemma3_options,
+        fields=_gemma3_fields,
+        nullable=("sliding_window",),
+    ),
+}
+#: Multimodal model types whose text part is one of the families.
+MULTIMODAL = {"gemma3": "gemma3_text"}

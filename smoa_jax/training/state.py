@@ -1,0 +1,181 @@
+"""From a configuration to everything a step needs, each array born where it belongs.
+
+config -> mesh -> base params, straight to their shards -> spectra -> ``apply_smoa`` ->
+``partition`` -> optimizer state by ``jit(init, out_shardings)``. Nothing is ever whole on one
+device that the rules divide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from smoa_jax.adapter.planning.spectra import Progress, Spectra, plan_spectra
+from smoa_jax.adapter.tree import apply_smoa, partition
+from smoa_jax.adapter.types import Params, is_modulation
+from smoa_jax.checkpoint.native.leaves import abstract_adapter, adapter_leaves, restore_adapter
+from smoa_jax.sharding.mesh import replicated
+from smoa_jax.sharding.processes import fetch
+from smoa_jax.sharding.rules import param_shardings
+from smoa_jax.training.checkpoints import Restored, TrainingCheckpoints
+from smoa_jax.training.config import RunConfig
+from smoa_jax.training.model import LoadedModel
+from smoa_jax.training.optimizer import make_optimizer
+from smoa_jax.training.step import State, initial_state, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the loop runs: jitted steps, the state, and the frozen params they take."""
+
+    frozen: Params
+    state: State
+    train_step: Any
+    eval_step: Any
+
+
+def adapt(config: RunConfig, loaded: LoadedModel, progress: Progress | None = None) -> Params:
+    """Plan the spectra and put the modulations beside their kernels, sharded like them."""
+    cache = config.model.spectra_cache or None
+    spectra: Spectra = plan_spectra(
+        loaded.base.params, config.adapter, cache_dir=cache, progress=progress
+    )
+    key = jax.random.key(config.train.seed)
+    return apply_smoa(loaded.base.params, config.adapter, key, spectra)
+
+
+def place(params: Params, mesh: Mesh, config: RunConfig) -> Params:
+    """Put the modulations of an adapted tree where their kernels' shardings say."""
+    shardings = param_shardings(params, mesh, config.model.sharding_rules)
+    return jax.tree.map(
+        lambda node, where: jax.device_put(node, where) if is_modulation(node) else node,
+        params,
+        shardings,
+        is_leaf=is_modulation,
+    )
+
+
+def start_training(
+    config: RunConfig, loaded: LoadedModel, steps: int, progress: Progress | None = None
+) -> Training:
+    """A fresh run: plan, adapt, and make the optimizer's state where it belongs."""
+    trainable, frozen = partition(adapt(config, loaded, progress))
+    optimizer = make_optimizer(config, steps)
+    shardings = state_shardings(trainable, optimizer, loaded.mesh)
+    init = jax.jit(lambda tree: initial_state(tree, optimizer), out_shardings=shardings)
+    return _with_steps(config, loaded, optimizer, shardings, frozen, init(trainable))
+
+
+def resume_training(
+    config: RunConfig,
+    loaded: LoadedModel,
+    steps: int,
+    checkpoints: TrainingCheckpoints,
+    progress: Progress | None = None,
+) -> tuple[Training, Restored]:
+    """The last checkpoint of a run, on this mesh; block ids come from it, not from a new plan.
+
+    Raises:
+        CheckpointError: if there is none, or it belongs to another adapter or base.
+    """
+    expected = abstract_adapter(loaded.base.params, config.adapter)
+    shardings = param_shardings(expected, loaded.mesh, config.model.sharding_rules)
+    expected = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        expected,
+        shardings,
+    )
+    trainable, frozen = partition(expected)
+    optimizer = make_optimizer(config, steps)
+    placed = state_shardings(trainable, optimizer, loaded.mesh)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(lambda tree: initial_state(tree, optimizer), trainable),
+        placed,
+    )
+    restored = checkpoints.restore(None, {"run": abstract, "adapter": adapter_leaves(frozen)})
+    state = restored.state["run"]
+    params = restore_adapter(
+        loaded.base.params,
+        config.adapter,
+        adapter_leaves(state["trainable"]) | restored.state["adapter"],
+        cache_dir=config.model.spectra_cache or None,
+        progress=progress,
+    )
+    frozen = partition(place(params, loaded.mesh, config))[1]
+    return _with_steps(config, loaded, optimizer, placed, frozen, state), restored
+
+
+def saved_state(state: State, frozen: Params) -> dict[str, Any]:
+    """What a checkpoint holds: the state, and the frozen leaves of the adapter."""
+    return {"run": state, "adapter": adapter_leaves(frozen)}
+
+
+def whole_adapter(params: Params) -> Params:
+    """An adapted tree whose adapter lies whole on this process's devices, as far as it is stored.
+
+    All processes call it; with one process it is the tree itself.
+    """
+    if jax.process_count() == 1:
+        return params
+
+    def visit(node: Any) -> Any:
+        if not is_modulation(node):
+            return node
+        kept = {
+            field.name: jnp.asarray(fetch(getattr(node, field.name)))
+            for field in dataclasses.fields(node)
+            if not field.metadata.get("static") and field.name != "bands"  # never stored
+        }
+        return dataclasses.replace(node, **kept)
+
+    return jax.tree.map(visit, params, is_leaf=is_modulation)
+
+
+def _with_steps(
+    config: RunConfig,
+    loaded: LoadedModel,
+    optimizer: optax.GradientTransformation,
+    shardings: dict[str, Any],
+    frozen: Params,
+    state: State,
+) -> Training:
+    """The two steps, jitted; the state goes in and comes out in the same shardings."""
+    train_step = make_train_step(
+        loaded.model,
+        optimizer,
+        seed=config.train.seed,
+        accumulate=config.train.accumulate,
+        chunk=config.train.loss_chunk,
+        dropout=config.adapter.dropout > 0,
+    )
+    eval_step = make_eval_step(loaded.model, chunk=config.train.loss_chunk)
+    whole = replicated(loaded.mesh)
+    return Training(
+        frozen=frozen,
+        state=state,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
+        eval_step=jax.jit(eval_step, out_shardings=whole),
+    )
+
+
+def state_shardings(
+    trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> dict[str, Any]:
+    """Moments lie where their factors lie; every scalar is replicated, by name."""
+    factors = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    whole = replicated(mesh)
+    abstract = jax.eval_shape(lambda tree: initial_state(tree, optimizer), trainable)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract["opt_state"],
+        factors,
+        transform_non_params=lambda _: whole,
+    )
+    return {"trainable": factors, "opt_state": opt_state, "step": whole, "skipped": whole}
