@@ -22,6 +22,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+import smoa_jax
 from smoa_jax.commands.evaluate import evaluate
 from smoa_jax.commands.export import export
 from smoa_jax.commands.generate import generate
@@ -44,6 +45,9 @@ _DESCRIPTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``smoa``; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"smoa {smoa_jax.__version__}")
+        return 0
     if not words or words[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
         for name, text in _DESCRIPTIONS.items():
@@ -84,7 +88,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        stands = "; the last checkpoint stands, --resume goes on from it"
+        stands = "; --resume goes on from the last checkpoint, or from the start if there is none"
         return _fail("interrupted" + (stands if command == "train" else ""))
 
 
@@ -185,9 +189,12 @@ def _evaluate(arguments: list[str]) -> int:
             "--adapter_dir"
         )
     parser = _run_parser("evaluate")
-    parser.add_argument("--adapter_dir", required=True, help="adapter directory of a run")
+    parser.add_argument("--adapter_dir", required=True, help="adapter directory, or a run's")
+    parser.add_argument(
+        "--checkpoint", default="", help="best, last or a step's number, of the run; else as it is"
+    )
     parsed = _parse(parser, arguments)
-    return evaluate(_run_config(parser, parsed), parsed.adapter_dir)
+    return evaluate(_run_config(parser, parsed), parsed.adapter_dir, str(parsed.checkpoint))
 
 
 def _generate(arguments: list[str]) -> int:
@@ -199,7 +206,7 @@ def _generate(arguments: list[str]) -> int:
         required=True,
         help="a prompt; may be given several times, or as one JSON list of texts",
     )
-    options: Any = _parse(parser, arguments).as_dict()
+    options = dict(vars(parser.instantiate(_parse(parser, arguments))))
     texts = [text for word in options.pop("prompt") for text in _texts(word)]
     return generate(prompt=texts, **options)
 

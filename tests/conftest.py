@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["SMOA_JAX_CACHE"] = "off"  # what a test plans is its own
 
 import jax
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 #: Mesh axes, outermost first.
@@ -48,6 +49,11 @@ class MeshConfig:
         """In the order of ``AXES``."""
         return (self.data, self.fsdp, self.tensor)
 
+    def fits(self, num_devices: int) -> bool:
+        """Whether so many devices can form this mesh."""
+        known = math.prod(size for size in self.sizes if size != -1)
+        return num_devices % known == 0 if -1 in self.sizes else num_devices == known
+
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh over all devices, or over those given.
@@ -75,6 +81,15 @@ def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *(None,) * (ndim - 1)))
 
 
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a global batch, on its devices."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device, whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -92,3 +107,9 @@ def check_batch(mesh: Mesh, rows: int, what: str = "batch_size") -> None:
             f"got {what}={rows} on a mesh of data={mesh.shape['data']} x "
             f"fsdp={mesh.shape['fsdp']}; expected a multiple of {parts}; change {what} or the mesh"
         )
+
+
+def rows_for_mesh(rows: int, mesh: Mesh) -> int:
+    """The smallest number of at least ``rows`` that the mesh divides."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // parts) * parts

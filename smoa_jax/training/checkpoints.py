@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
@@ -81,7 +83,8 @@ class TrainingCheckpoints:
 
     Args:
         directory: Made if there is none; local, or a bucket.
-        identity: Of this run; checkpoints of another adapter or base are refused.
+        identity: Of this run; checkpoints of another adapter or base are refused. None, for
+            reading alone: whose they are is then to be found in them.
         keep_last: How many of the newest are kept.
         keep_best: How many of the best are kept beside them.
         best_metric: Key of ``metrics`` that says which is best; a step without it, or where it is
@@ -97,7 +100,7 @@ class TrainingCheckpoints:
         self,
         directory: str | Path,
         *,
-        identity: Identity,
+        identity: Identity | None,
         keep_last: int = 3,
         keep_best: int = 1,
         best_metric: str = "eval_loss",
@@ -109,6 +112,8 @@ class TrainingCheckpoints:
                 f"got keep_last={keep_last}, keep_best={keep_best}, best_mode={best_mode!r}; "
                 "expected at least 1, at least 0, and min or max"
             )
+        if identity is None and not read_only:
+            raise ValueError("got no identity; expected one, unless read_only; give the run's own")
         self.directory = _absolute(directory)
         if read_only and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory; expected checkpoints")
@@ -198,7 +203,7 @@ class TrainingCheckpoints:
         record = {
             "format_version": FORMAT_VERSION,
             "step": int(step),
-            "identity": self._identity.as_json(),
+            "identity": self._identity.as_json() if self._identity is not None else {},
             "data_position": _as_json(data_position),
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
             "tensors": {name: _describe(leaf) for name, leaf in leaves.items()},
@@ -254,14 +259,7 @@ class TrainingCheckpoints:
                 adapter or base, or if its tensors aren't those of ``abstract_state``.
         """
         self.wait()
-        steps = self.all_steps()
-        if step is None and not steps:
-            raise CheckpointError(f"{self.directory}: no checkpoint in it; expected at least one")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise CheckpointError(
-                f"{self.directory}: no checkpoint of step {step}; expected one of {listed(steps)}"
-            )
+        step = self._known(step)
         record = self._checked_record(step)
         targets = _flatten(abstract_state)
         where = f"{self.directory / str(step)}"
@@ -283,6 +281,58 @@ class TrainingCheckpoints:
             metrics=record["metrics"],
         )
 
+    def read_adapter(self, step: int | None = None) -> tuple[Identity, int, dict[str, np.ndarray]]:
+        """The adapter of a checkpoint on the host, by the names of ``adapter_leaves``.
+
+        Reads neither the optimizer's state nor anything else, and needs no device.
+
+        Args:
+            step: None for the latest.
+
+        Returns:
+            Whose it is, its step, and every leaf that an adapter directory holds.
+
+        Raises:
+            CheckpointError: if there is no such step or it is damaged.
+        """
+        step = self._known(step)
+        record = self._checked_record(step)
+        names = {name: _leaf_name(name) for name in record["tensors"]}
+        chosen = {name: leaf for name, leaf in names.items() if leaf is not None}
+        tensors = {name: record["tensors"][name] for name in chosen}
+        abstract = {
+            name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
+            for name, entry in tensors.items()
+            if math.prod(entry["shape"])  # the storage format has no empty arrays
+        }
+        args = ocp.args.PyTreeRestore(
+            abstract,
+            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in abstract},
+            partial_restore=True,
+        )
+        stored = self._restore_item(step, _STATE, args)
+        leaves = {
+            chosen[name]: np.asarray(stored[name])
+            if name in abstract
+            else np.zeros(entry["shape"], entry["dtype"])
+            for name, entry in tensors.items()
+        }
+        return Identity(**record["identity"]), step, dict(sorted(leaves.items()))
+
+    def _known(self, step: int | None) -> int:
+        """``step``, or the latest for None."""
+        steps = self.all_steps()
+        if not steps:
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint in it; expected at least one; train with "
+                "train.save_every, or to the end"
+            )
+        if step is not None and step not in steps:
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint of step {step}; expected one of {listed(steps)}"
+            )
+        return steps[-1] if step is None else step
+
     def _read(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
         abstract = {name: _key_data_target(leaf) for name, leaf in targets.items()}
         arguments = {
@@ -303,6 +353,8 @@ class TrainingCheckpoints:
                 f"{where}: got checkpoint format {record.get('format_version')}; expected "
                 f"{FORMAT_VERSION}; read it with the version of smoa_jax that wrote it"
             )
+        if self._identity is None:
+            return record
         different = _differences(record["identity"], self._identity.as_json())
         if different:
             raise CheckpointError(
@@ -360,6 +412,14 @@ class _KeepBest(PreservationPolicy):
 def _absolute(directory: str | Path) -> epath.Path:
     text = str(directory)
     return epath.Path(text if "://" in text else Path(text).expanduser().absolute())
+
+
+def _leaf_name(name: str) -> str | None:
+    """The name among ``adapter_leaves`` of a tensor of a run's state; None for any other."""
+    if name.startswith("adapter/"):
+        return name.removeprefix("adapter/")
+    trained = re.fullmatch(r"run/trainable/(.+)/smoa/(\w+)", name)
+    return "/".join(trained.groups()) if trained else None
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is looked at before a run writes or deletes anything, and what it says of itself at first.
+"""What is looked at before a run writes or deletes anything, and what it says of its data.
 
 Everything that can be refused is refused here, in one line, while the output directory still is as
 it was found.
@@ -6,22 +6,16 @@ it was found.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from smoa_jax.checkpoint.directories import check_apart
 from smoa_jax.data.config import Data
 from smoa_jax.evaluation.scoring import check_questions
 from smoa_jax.sharding.mesh import check_batch
-from smoa_jax.training.checkpoints import Identity, TrainingCheckpoints
 from smoa_jax.training.config import RunConfig
+from smoa_jax.training.directory import RunDirectory, RunError
+from smoa_jax.training.held_out import eval_batch_size
 from smoa_jax.training.model import LoadedModel
-
-CONFIG_FILE = "config.yaml"
 
 #: What data counts say in words, where they are not zero.
 _COUNT_WORDS = {
@@ -33,40 +27,35 @@ _COUNT_WORDS = {
 }
 
 
-class RunError(ValueError):
-    """A run that cannot start or go on, in one line for people."""
-
-
-def check_directory(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output directory that holds something else than the run to resume or replace."""
-    directory = Path(config.train.output_dir)
+def check_directory(
+    config: RunConfig, directory: RunDirectory, *, resume: bool, overwrite: bool
+) -> None:
+    """Refuse a directory that holds something else than the run to resume or replace."""
+    path = directory.path
     if resume and overwrite:
-        raise RunError("got both resume and overwrite; expected one of them")
-    if directory.exists() and not directory.is_dir():
+        raise RunError("got both resume and overwrite; expected one of them; leave one out")
+    if path.exists() and not path.is_dir():
         raise RunError(
-            f"got train.output_dir={directory}, which is a file; expected a directory; choose "
-            "another name"
+            f"got train.output_dir={path}, which is a file; expected a directory; choose another"
         )
-    holds_run = directory.exists() and any(directory.iterdir())
-    if resume and not (directory / CONFIG_FILE).exists():
+    if resume and not directory.holds_run:
         raise RunError(
-            f"got resume for {directory}, which holds no run (no {CONFIG_FILE}); expected the "
-            "directory of an interrupted run; leave --resume out to start one"
+            f"got resume for {path}, which holds no run (no {directory.config_file.name}); "
+            "expected the directory of an interrupted run; leave --resume out to start one"
         )
-    if holds_run and overwrite:
-        if not (directory / CONFIG_FILE).exists():
-            raise RunError(
-                f"got overwrite for {directory}, which is not empty but holds no run "
-                f"(no {CONFIG_FILE}); expected a run's directory; choose another, or empty it "
-                "yourself"
-            )
-        data = config.data
-        check_apart(directory, [config.model.path, *data.train_files, *data.eval_files])
-    if holds_run and not (overwrite or resume):
+    if directory.is_occupied and not (resume or overwrite):
         raise RunError(
-            f"got train.output_dir={directory}, which is not empty; expected a new directory; "
+            f"got train.output_dir={path}, which is not empty; expected a new directory; "
             "--resume goes on with the run there, --overwrite deletes it"
         )
+    if directory.is_occupied and overwrite:
+        if not directory.holds_run:
+            raise RunError(
+                f"got overwrite for {path}, which is not empty but holds no run (no "
+                f"{directory.config_file.name}); expected a run's directory; choose another, or "
+                "empty it yourself"
+            )
+        check_apart(path, [config.model.path, *config.data.train_files, *config.data.eval_files])
 
 
 def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
@@ -124,57 +113,3 @@ def describe_data(data: Data) -> str:
     parts = [f"{len(data.train.examples):,} rows to train on", f"{held_out:,} held out"]
     parts += [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
     return "data: " + ", ".join(parts)
-
-
-def eval_batch_size(config: RunConfig) -> int:
-    """Rows of an evaluation batch: as given, or those of one part of a training batch."""
-    train = config.train
-    return train.eval_batch_size or train.batch_size // train.accumulate
-
-
-def open_checkpoints(
-    config: RunConfig, loaded: LoadedModel, directory: Path
-) -> TrainingCheckpoints:
-    """The checkpoints of a run; refused if they are another adapter's or base's."""
-    return TrainingCheckpoints(
-        directory / "checkpoints",
-        keep_last=config.train.keep_last,
-        keep_best=config.train.keep_best,
-        identity=Identity(
-            adapter_config=dataclasses.asdict(config.adapter),
-            base_fingerprint=loaded.base.fingerprint,
-        ),
-    )
-
-
-def write_config(config: RunConfig, path: Path) -> None:
-    """The resolved configuration, as YAML (JSON is YAML), to run again."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(_as_json(config) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def changed_settings(config: RunConfig, path: Path) -> list[str]:
-    """Settings that differ from those written at ``path``, as "name: was, is"; [] if unreadable."""
-    try:
-        before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError):
-        return []
-    now = dict(_flat(json.loads(_as_json(config))))
-    return [
-        f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
-        for name in sorted({*before, *now})
-        if before.get(name, "nothing") != now.get(name, "nothing")
-    ]
-
-
-def _as_json(config: RunConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2, default=list)
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, value

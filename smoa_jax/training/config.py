@@ -38,7 +38,8 @@ class ModelConfig:
         attention: Of whole sequences: ``xla``, everywhere; ``splash``, on a TPU; ``cudnn``, on an
             NVIDIA GPU; ``auto`` takes what devices, model and row lengths are fit for.
         sharding_rules: Path pattern -> mesh axis of each dimension; empty: the decoder's own.
-        spectra_cache: Directory in which spectra are kept between runs; empty: none is kept.
+        spectra_cache: Directory in which spectra are kept between runs; ``auto``: the user's cache
+            directory, which ``SMOA_JAX_CACHE`` moves or disables; ``off`` or empty: none is kept.
     """
 
     path: str
@@ -47,7 +48,7 @@ class ModelConfig:
     remat: str = "projections"
     attention: AttentionName = "auto"
     sharding_rules: dict[str, str] = dataclasses.field(default_factory=lambda: dict(DECODER_RULES))
-    spectra_cache: str = ""
+    spectra_cache: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.path:

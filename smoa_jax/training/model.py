@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from smoa_jax.adapter.planning.cache import default_cache_dir
+from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import AbstractBase, BaseModel, abstract_base, load_base
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.fused_attention import AttentionSharding, choose_attention
-from smoa_jax.sharding.mesh import BATCH_AXES, check_batch, make_mesh
-from smoa_jax.sharding.rules import activation_constraint, check_heads, param_shardings
+from smoa_jax.sharding.mesh import BATCH_AXES, MeshConfig, check_batch, make_mesh
+from smoa_jax.sharding.rules import (
+    Rules,
+    activation_constraint,
+    check_heads,
+    param_shardings,
+)
 from smoa_jax.training.config import RunConfig
 
 
@@ -33,6 +41,13 @@ def resolve_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
+def spectra_cache(name: str) -> Path | None:
+    """The directory in which spectra are kept: ``auto`` is the user's own, ``off`` none."""
+    if name == "auto":
+        return default_cache_dir()
+    return Path(name).expanduser() if name not in ("", "off") else None
+
+
 def load_model(config: RunConfig) -> LoadedModel:
     """Read the base of a run onto its mesh.
 
@@ -44,11 +59,28 @@ def load_model(config: RunConfig) -> LoadedModel:
     check_batch(mesh, part, "train.batch_size / train.accumulate")
     dtype = resolve_dtype(config.model.dtype)
     abstract = abstract_base(config.model.path, dtype)
-    check_heads(abstract.config.num_heads, abstract.config.num_kv_heads, mesh)
-    shardings = param_shardings(abstract.params, mesh, config.model.sharding_rules)
+    shardings = _base_shardings(abstract, mesh, config.model.sharding_rules)
     model = make_decoder(config, abstract, mesh)
     base = load_base(config.model.path, dtype, shardings)
     return LoadedModel(base=base, model=model, mesh=mesh)
+
+
+def load_generator(path: str, dtype: Any, mesh_config: MeshConfig, rules: Rules) -> LoadedModel:
+    """Read a base onto a mesh, with a decoder that continues prompts.
+
+    Raises:
+        ValueError: for a mesh that does not fit the devices or the model.
+    """
+    mesh = make_mesh(mesh_config)
+    abstract = abstract_base(path, dtype)
+    shardings = _base_shardings(abstract, mesh, rules)
+    model = Decoder(config=abstract.config, dtype=dtype, constrain=activation_constraint(mesh))
+    return LoadedModel(base=load_base(path, dtype, shardings), model=model, mesh=mesh)
+
+
+def _base_shardings(base: AbstractBase, mesh: Mesh, rules: Rules) -> Params:
+    check_heads(base.config.num_heads, base.config.num_kv_heads, mesh)
+    return param_shardings(base.params, mesh, rules)
 
 
 def make_decoder(config: RunConfig, base: AbstractBase, mesh: Mesh) -> Decoder:

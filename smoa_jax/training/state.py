@@ -1,8 +1,7 @@
-"""From a configuration to everything a step needs, each array born where it belongs.
+"""The state of a run, fresh or restored, each array born where it belongs.
 
-config -> mesh -> base params, straight to their shards -> spectra -> ``apply_smoa`` ->
-``partition`` -> optimizer state by ``jit(init, out_shardings)``. Nothing is ever whole on one
-device that the rules divide.
+base params on their shards -> spectra -> ``apply_smoa`` -> ``partition`` -> optimizer state by
+``jit(init, out_shardings)``. Nothing is ever whole on one device that the rules divide.
 """
 
 from __future__ import annotations
@@ -16,32 +15,58 @@ import optax
 from jax.sharding import Mesh
 
 from smoa_jax.adapter.planning.spectra import Progress, Spectra, plan_spectra
-from smoa_jax.adapter.tree import apply_smoa, partition
+from smoa_jax.adapter.tree import apply_smoa, combine, partition
 from smoa_jax.adapter.types import Params, is_modulation
 from smoa_jax.checkpoint.native.leaves import abstract_adapter, adapter_leaves, restore_adapter
-from smoa_jax.sharding.mesh import replicated
+from smoa_jax.sharding.mesh import put_batch, replicated
 from smoa_jax.sharding.processes import fetch
 from smoa_jax.sharding.rules import param_shardings
 from smoa_jax.training.checkpoints import Restored, TrainingCheckpoints
 from smoa_jax.training.config import RunConfig
-from smoa_jax.training.model import LoadedModel
+from smoa_jax.training.model import LoadedModel, spectra_cache
 from smoa_jax.training.optimizer import make_optimizer
-from smoa_jax.training.step import State, initial_state, make_eval_step, make_train_step
+from smoa_jax.training.step import (
+    Batch,
+    Metrics,
+    State,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """What the loop runs: jitted steps, the state, and the frozen params they take."""
+class Programs:
+    """The two jitted steps of a run and the frozen params that both take; it holds no state.
 
+    Attributes:
+        mesh: On which batches are laid out.
+        frozen: The frozen half of ``partition``.
+        train_step: (state, frozen, batch) -> (state, metrics); the state is donated.
+        eval_step: (trainable, frozen, batch) -> (summed loss, target tokens).
+    """
+
+    mesh: Mesh
     frozen: Params
-    state: State
     train_step: Any
     eval_step: Any
+
+    def take_step(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        """One training step on this host's rows of a batch."""
+        return self.train_step(state, self.frozen, put_batch(batch, self.mesh))
+
+    def evaluate(self, state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Summed loss and target tokens of a batch on devices."""
+        return self.eval_step(state["trainable"], self.frozen, batch)
+
+    def params(self, state: State) -> Params:
+        """The adapted tree of a state."""
+        return combine(state["trainable"], self.frozen)
 
 
 def adapt(config: RunConfig, loaded: LoadedModel, progress: Progress | None = None) -> Params:
     """Plan the spectra and put the modulations beside their kernels, sharded like them."""
-    cache = config.model.spectra_cache or None
+    cache = spectra_cache(config.model.spectra_cache)
     spectra: Spectra = plan_spectra(
         loaded.base.params, config.adapter, cache_dir=cache, progress=progress
     )
@@ -60,24 +85,24 @@ def place(params: Params, mesh: Mesh, config: RunConfig) -> Params:
     )
 
 
-def start_training(
+def start_state(
     config: RunConfig, loaded: LoadedModel, steps: int, progress: Progress | None = None
-) -> Training:
+) -> tuple[State, Programs]:
     """A fresh run: plan, adapt, and make the optimizer's state where it belongs."""
     trainable, frozen = partition(adapt(config, loaded, progress))
     optimizer = make_optimizer(config, steps)
     shardings = state_shardings(trainable, optimizer, loaded.mesh)
     init = jax.jit(lambda tree: initial_state(tree, optimizer), out_shardings=shardings)
-    return _with_steps(config, loaded, optimizer, shardings, frozen, init(trainable))
+    return init(trainable), _programs(config, loaded, optimizer, shardings, frozen)
 
 
-def resume_training(
+def resume_state(
     config: RunConfig,
     loaded: LoadedModel,
     steps: int,
     checkpoints: TrainingCheckpoints,
     progress: Progress | None = None,
-) -> tuple[Training, Restored]:
+) -> tuple[State, Programs, Restored]:
     """The last checkpoint of a run, on this mesh; block ids come from it, not from a new plan.
 
     Raises:
@@ -104,11 +129,11 @@ def resume_training(
         loaded.base.params,
         config.adapter,
         adapter_leaves(state["trainable"]) | restored.state["adapter"],
-        cache_dir=config.model.spectra_cache or None,
+        cache_dir=spectra_cache(config.model.spectra_cache),
         progress=progress,
     )
     frozen = partition(place(params, loaded.mesh, config))[1]
-    return _with_steps(config, loaded, optimizer, placed, frozen, state), restored
+    return state, _programs(config, loaded, optimizer, placed, frozen), restored
 
 
 def saved_state(state: State, frozen: Params) -> dict[str, Any]:
@@ -137,14 +162,13 @@ def whole_adapter(params: Params) -> Params:
     return jax.tree.map(visit, params, is_leaf=is_modulation)
 
 
-def _with_steps(
+def _programs(
     config: RunConfig,
     loaded: LoadedModel,
     optimizer: optax.GradientTransformation,
     shardings: dict[str, Any],
     frozen: Params,
-    state: State,
-) -> Training:
+) -> Programs:
     """The two steps, jitted; the state goes in and comes out in the same shardings."""
     train_step = make_train_step(
         loaded.model,
@@ -156,9 +180,9 @@ def _with_steps(
     )
     eval_step = make_eval_step(loaded.model, chunk=config.train.loss_chunk)
     whole = replicated(loaded.mesh)
-    return Training(
+    return Programs(
+        mesh=loaded.mesh,
         frozen=frozen,
-        state=state,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
         eval_step=jax.jit(eval_step, out_shardings=whole),
     )

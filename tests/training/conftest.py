@@ -17,7 +17,12 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.getbasetemp() / "tiny_base")
 
 
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on the test's runs see one device."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(run_model, "make_mesh", lambda config: mesh.make_mesh(config, devices))
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_one_device(monkeypatch)

@@ -4,38 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
+import chex
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from smoa_jax.adapter.tree import strip_smoa
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.training import run as training_run
 from smoa_jax.training.config import OptimizerConfig
+from smoa_jax.training.loop import Taken
 from smoa_jax.training.run import RunError, run
+from tests.training.conftest import use_one_device
 from tests.training.tiny_run import read_metrics, run_config, write_base
 
 
+class Watch:
+    """An ``on_step`` that keeps what the last step left, and stops after a step if asked to."""
+
+    def __init__(self, stop_after: int = 0):
+        self.taken: list[Taken] = []
+        self._stop_after = stop_after
+
+    def __call__(self, taken: Taken) -> bool:
+        self.taken.append(taken)
+        return taken.step != self._stop_after
+
+    @property
+    def state(self):
+        """After the last step: no later one has donated it."""
+        return self.taken[-1].state
+
+
 @pytest.fixture
-def runners(monkeypatch):
-    """The runners of the runs in a test, for a look at their final state."""
-    made = []
-    original = training_run._Runner.__init__
+def bases(monkeypatch):
+    """What the runs in a test loaded, as it lies on their mesh."""
+    loaded = []
+    original = training_run.load_model
 
-    def keep(self, *arguments):
-        original(self, *arguments)
-        made.append(self)
+    def keep(config):
+        loaded.append(original(config))
+        return loaded[-1]
 
-    monkeypatch.setattr(training_run._Runner, "__init__", keep)
-    return made
-
-
-def leaves(runner):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(runner._state)]
+    monkeypatch.setattr(training_run, "load_model", keep)
+    return loaded
 
 
-def test_a_run_learns_and_freezes_and_compiles_once(base_dir, tmp_path, runners):
+def compiled_steps(directory):
+    return [record["step"] for record in read_metrics(directory, "train") if record["compiled"]]
+
+
+def test_a_run_learns_and_freezes_and_compiles_once(base_dir, tmp_path, bases):
     config = run_config(base_dir, tmp_path / "run", train_steps=12, train_eval_every=6)
     summary = run(config)
     assert summary.finished
@@ -44,61 +62,53 @@ def test_a_run_learns_and_freezes_and_compiles_once(base_dir, tmp_path, runners)
     assert len(losses) == 12
     for name in ("config.yaml", "checkpoints", "adapter/adapter.json", "summary.json"):
         assert (tmp_path / "run" / name).exists()
-    assert runners[0]._training.train_step._cache_size() == 1
-    base = load_base(base_dir).params
-    trained = strip_smoa(runners[0]._params())
-    jax.tree.map(np.testing.assert_array_equal, trained, base)
+    assert compiled_steps(tmp_path / "run") == [1]
+    chex.assert_trees_all_equal(bases[0].base.params, load_base(base_dir).params)
     with pytest.raises(RunError, match="not empty"):
         run(config)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base_dir, tmp_path, runners):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base_dir, tmp_path):
     changes = {"train_steps": 6, "train_accumulate": 1, "adapter_dropout": 0.2}
-    run(run_config(base_dir, tmp_path / "whole", **changes))
+    whole, resumed = Watch(), Watch()
+    run(run_config(base_dir, tmp_path / "whole", **changes), on_step=whole)
     broken = run_config(base_dir, tmp_path / "broken", train_save_every=2, **changes)
-
-    step = training_run._Runner._save
-
-    def stop_after_saving(self, *arguments):
-        step(self, *arguments)
-        self._stopping.set()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run._Runner, "_save", stop_after_saving)
-        assert not run(broken).finished
-    assert run(broken, resume=True).finished
-    whole, _, resumed = runners
-    for left, right in zip(leaves(whole), leaves(resumed), strict=True):
-        np.testing.assert_array_equal(left, right)
-    assert resumed._training.train_step._cache_size() == 1
+    assert not run(broken, on_step=Watch(stop_after=3)).finished
+    assert run(broken, resume=True, on_step=resumed).finished
+    assert [taken.step for taken in resumed.taken] == [4, 5, 6]
+    chex.assert_trees_all_equal(resumed.state, whole.state)
+    assert compiled_steps(tmp_path / "broken") == [1, 4]  # once fresh, once after the restore
     other = dataclasses.replace(broken, adapter=dataclasses.replace(broken.adapter, rank=6))
     with pytest.raises(ValueError, match="rank"):
         run(other, resume=True)
 
 
-def test_the_sharded_run_follows_the_rules_and_the_unsharded_losses(
-    base_dir, tmp_path, runners, monkeypatch
+MESH = {"mesh_data": 2, "mesh_fsdp": 2, "mesh_tensor": 2}
+
+
+def test_the_sharded_run_follows_the_rules_and_the_losses_of_one_device(
+    base_dir, tmp_path, bases, monkeypatch
 ):
-    run(
-        run_config(
-            base_dir, tmp_path / "mesh", mesh_data=2, mesh_fsdp=2, mesh_tensor=2, model_remat="full"
-        )
-    )
-    params = runners[0]._params()
-    layer = params["layers"]["self_attn"]["q_proj"]
-    assert layer["kernel"].sharding.spec == P(None, "fsdp", "tensor")
-    assert layer["smoa"].a.sharding.spec == P(None, "fsdp", None)
-    assert layer["smoa"].b.sharding.spec == P(None, "tensor", None)
-    assert layer["smoa"].in_block.sharding.spec == P(None, "fsdp")
-    run(run_config(base_dir, tmp_path / "plain", mesh_data=8, mesh_fsdp=1))
-    got, expected = (
-        [record["loss"] for record in read_metrics(tmp_path / name, "train")]
-        for name in ("mesh", "plain")
-    )
-    np.testing.assert_allclose(got, expected, rtol=2e-4)
+    watch = Watch()
+    run(run_config(base_dir, tmp_path / "mesh", model_remat="full", **MESH), on_step=watch)
+    kernel = bases[0].base.params["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+    factors = watch.state["trainable"]["layers"]["self_attn"]["q_proj"]["smoa"]
+    assert factors.a.sharding.spec == P(None, "fsdp", None)
+    assert factors.b.sharding.spec == P(None, "tensor", None)
+    use_one_device(monkeypatch)
+    run(run_config(base_dir, tmp_path / "plain"))
+    assert bases[1].mesh.size == 1
+    np.testing.assert_allclose(*losses_of(tmp_path, "mesh", "plain"), rtol=2e-4)
 
 
-def test_a_gemma_trains_sharded_as_it_does_alone(tmp_path, runners):
+def losses_of(directory, *names):
+    return [
+        [record["loss"] for record in read_metrics(directory / name, "train")] for name in names
+    ]
+
+
+def test_a_gemma_trains_sharded_as_it_does_on_one_device(tmp_path, bases, monkeypatch):
     """Two kinds of layer, post-norms, q/k norms and a tied, scaled embedding over three axes."""
     base = write_base(
         tmp_path / "gemma",
@@ -114,22 +124,18 @@ def test_a_gemma_trains_sharded_as_it_does_alone(tmp_path, runners):
         local_rope_base=100.0,
         norm_epsilon=1e-6,
     )
-    meshes = {
-        "mesh": {"mesh_data": 2, "mesh_fsdp": 2, "mesh_tensor": 2},
-        "plain": {"mesh_data": 8, "mesh_fsdp": 1},
-    }
-    losses = []
-    for name, sizes in meshes.items():
-        run(run_config(base, tmp_path / name, train_steps=3, **sizes))
-        records = read_metrics(tmp_path / name, "train")
-        losses.append([record["loss"] for record in records])
-    norm = runners[0]._params()["layers"]["self_attn"]["q_norm"]["scale"]
+    run(run_config(base, tmp_path / "mesh", train_steps=3, **MESH))
+    use_one_device(monkeypatch)
+    run(run_config(base, tmp_path / "plain", train_steps=3))
+    norm = bases[0].base.params["layers"]["self_attn"]["q_norm"]["scale"]
     assert norm.sharding.spec == P(None, None)
+    assert bases[1].mesh.size == 1
+    losses = losses_of(tmp_path, "mesh", "plain")
     np.testing.assert_allclose(*losses, rtol=2e-4)
     assert losses[0][-1] < losses[0][0]
 
 
-def test_accumulation_changes_nothing_but_memory(base_dir, tmp_path, runners):
+def test_accumulation_changes_nothing_but_memory(base_dir, tmp_path):
     for parts in (1, 2):
         run(
             run_config(
@@ -148,10 +154,8 @@ def test_accumulation_changes_nothing_but_memory(base_dir, tmp_path, runners):
     np.testing.assert_allclose(first, second, rtol=1e-4)
 
 
-def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(
-    base_dir, tmp_path, runners, monkeypatch
-):
-    original = training_run.load_model
+def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(base_dir, tmp_path, monkeypatch):
+    watch, original = Watch(), training_run.load_model
 
     def poisoned(config):
         loaded = original(config)
@@ -161,8 +165,8 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(
 
     monkeypatch.setattr(training_run, "load_model", poisoned)
     with pytest.raises(RunError, match="not finite"):
-        run(run_config(base_dir, tmp_path / "run", train_max_skipped=1))
-    b = runners[0]._state["trainable"]["layers"]["mlp"]["up_proj"]["smoa"].b
+        run(run_config(base_dir, tmp_path / "run", train_max_skipped=1), on_step=watch)
+    b = watch.state["trainable"]["layers"]["mlp"]["up_proj"]["smoa"].b
     assert not np.asarray(b).any()
     skipped = read_metrics(tmp_path / "run")
     assert any(record.get("skipped") == 2 for record in skipped)

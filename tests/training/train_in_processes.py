@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 
-from smoa_jax.training import run as training_run
+from smoa_jax.training.loop import Taken
+from smoa_jax.training.run import run
 from tests.processes import report
 from tests.training.tiny_run import run_config
 
@@ -44,16 +45,13 @@ def main() -> None:
         distributed_process_id=int(index),
         **CHANGES[size],
     )
-    if mode == "interrupted" and index != "0":
-        original = training_run._Runner._stop_asked
 
-        def interrupted(self, step):
-            if step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, step)
+    def on_step(taken: Taken) -> bool:
+        if mode == "interrupted" and index != "0" and taken.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
 
-        training_run._Runner._stop_asked = interrupted
-    summary = training_run.run(config, resume=mode == "resumed")
+    summary = run(config, resume=mode == "resumed", on_step=on_step)
     report(dataclasses.asdict(summary))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,21 @@ import numpy as np
 
 _VERSION = 2
 _WEIGHTS = "weights"
+
+
+def default_cache_dir() -> Path | None:
+    """The user's own cache directory for spectra, or None where it is switched off.
+
+    ``SMOA_JAX_CACHE`` names another, or says ``off``; else it is ``smoa_jax/`` in
+    ``XDG_CACHE_HOME`` or in the system's usual place.
+    """
+    named = os.environ.get("SMOA_JAX_CACHE", "")
+    if named in ("off", "0"):
+        return None
+    if named:
+        return Path(named).expanduser()
+    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "smoa_jax"
 
 
 class CacheEntry:

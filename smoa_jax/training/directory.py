@@ -1,0 +1,183 @@
+"""The output directory of a run: everything that is written there, and who may write.
+
+    output_dir/
+      config.yaml     as resolved, enough to run it again
+      metrics.jsonl   one object per step, evaluation and event; a run that was killed takes the
+                      steps since its last checkpoint again, after another "start"
+      checkpoints/    training state; resuming from it is bit-exact on a CPU
+      adapter/        the trained adapter, as of the last step
+      answers_*.jsonl held-out questions and what was answered, before and after
+      summary.json    what the table at the end shows
+      .lock           held while a run is under way; the system lets go of it when the run dies
+
+Of several processes the first one alone writes, but for the checkpoints, which all of them do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from smoa_jax.adapter.types import Params
+from smoa_jax.checkpoint.native.directory import save_adapter
+from smoa_jax.evaluation.scoring import Answers
+from smoa_jax.sharding.processes import is_first, together
+from smoa_jax.training.config import RunConfig
+
+_CONFIG, _LOCK = "config.yaml", ".lock"
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on, in one line for people."""
+
+
+class RunDirectory(contextlib.AbstractContextManager):
+    """One run's directory; as a context it lets go of the lock at the end.
+
+    Args:
+        path: ``train.output_dir``; need not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.config_file = self.path / _CONFIG
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self._lock = FileLock(self.path / _LOCK, timeout=0)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.release(force=True)
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config_file.exists()
+
+    @property
+    def is_occupied(self) -> bool:
+        """Whether anything but a lock lies here."""
+        return self.path.exists() and any(entry.name != _LOCK for entry in self.path.iterdir())
+
+    def lock(self) -> None:
+        """Keep other runs out until this one ends, however it ends; once is enough.
+
+        Raises:
+            RunError: if another run is under way here.
+        """
+        if not is_first() or self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise RunError(
+                f"got train.output_dir={self.path}, where another run is under way; expected a "
+                "directory of its own; wait for that run to end, or choose another"
+            ) from error
+
+    def begin(self, config: RunConfig, *, overwrite: bool) -> None:
+        """Make the directory, or empty it, and say in it which run it holds.
+
+        Raises:
+            RunError: if another run began here in the meantime.
+        """
+        with together():
+            if not is_first():
+                return
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if self.is_occupied and not overwrite:
+                raise RunError(
+                    f"got train.output_dir={self.path}, where another run began meanwhile; "
+                    "expected a directory of its own; choose another"
+                )
+            for entry in self.path.iterdir():
+                if entry.name == _LOCK:
+                    continue
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.write_config(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        """The resolved configuration, as YAML (JSON is YAML), to run again."""
+        if not is_first():
+            return
+        draft = self.path / f".{_CONFIG}.draft"
+        draft.write_text(_as_json(config) + "\n", encoding="utf-8")
+        draft.replace(self.config_file)
+
+    def changed_settings(self, config: RunConfig) -> list[str]:
+        """Settings that differ from those written here, as "name: was, is"; [] if unreadable."""
+        try:
+            before = dict(_flat(json.loads(self.config_file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError):
+            return []
+        now = dict(_flat(json.loads(_as_json(config))))
+        return [
+            f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
+            for name in sorted({*before, *now})
+            if before.get(name, "nothing") != now.get(name, "nothing")
+        ]
+
+    def write_answers(self, which: str, questions: Any, answers: Answers) -> None:
+        """Questions, references and responses, one object a line."""
+        rows = zip(
+            questions.questions,
+            questions.references,
+            answers.responses,
+            answers.score.right,
+            strict=False,  # the first rows alone are answered
+        )
+        lines = [
+            json.dumps({"question": q, "reference": r, "response": a, "right": ok})
+            for q, r, a, ok in rows
+        ]
+        self._write(f"answers_{which}.jsonl", "\n".join(lines))
+
+    def write_adapter(self, params: Params, config: RunConfig, base_fingerprint: str) -> None:
+        """The adapter of ``params``, in the place of an earlier one; all processes call it."""
+        with together():
+            if is_first():
+                save_adapter(
+                    params,
+                    config.adapter,
+                    self.adapter,
+                    base_fingerprint=base_fingerprint,
+                    base_name=str(config.model.path),
+                    template=config.data.template,
+                    overwrite=True,
+                )
+
+    def write_summary(self, values: Mapping[str, Any]) -> None:
+        """What the table at the end shows, as JSON."""
+        self._write("summary.json", json.dumps(jsonable(values), indent=2))
+
+    def _write(self, name: str, text: str) -> None:
+        if is_first():
+            (self.path / name).write_text(text + "\n", encoding="utf-8")
+
+
+def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN is not JSON: null stands for what was not measured or not finite."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def _as_json(config: RunConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2, default=list)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value

@@ -1,0 +1,71 @@
+"""What held-out rows say of params, adapted or not: their loss, and answers by free generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from smoa_jax.adapter.tree import partition
+from smoa_jax.adapter.types import Params
+from smoa_jax.data.config import Data
+from smoa_jax.data.pipeline import ExamplesIndex, eval_batches
+from smoa_jax.evaluation.scoring import Answers, answer_questions
+from smoa_jax.sharding.mesh import put_batch, rows_for_mesh
+from smoa_jax.sharding.processes import batch_share
+from smoa_jax.training.config import RunConfig
+from smoa_jax.training.model import LoadedModel
+from smoa_jax.training.step import Batch, make_eval_step
+
+#: A batch on devices -> (summed loss, target tokens).
+EvalStep = Callable[[Batch], tuple[jax.Array, jax.Array]]
+
+
+def eval_batch_size(config: RunConfig) -> int:
+    """Rows of an evaluation batch: as given, or those of one part of a training batch."""
+    train = config.train
+    return train.eval_batch_size or train.batch_size // train.accumulate
+
+
+def mean_loss(config: RunConfig, mesh: Mesh, rows: ExamplesIndex, eval_step: EvalStep) -> float:
+    """Loss per target token of all rows, each counted once; NaN if they have no target."""
+    index, count = batch_share(mesh)
+    batches = eval_batches(rows, eval_batch_size(config), process_index=index, process_count=count)
+    sums = [eval_step(put_batch(batch, mesh)) for batch in batches]
+    total, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
+    return total / tokens if tokens else math.nan
+
+
+def held_out_loss(
+    config: RunConfig, loaded: LoadedModel, rows: ExamplesIndex, params: Params
+) -> float:
+    """``mean_loss`` of any params, adapted or not."""
+    step = jax.jit(make_eval_step(loaded.model, chunk=config.train.loss_chunk))
+    trainable, frozen = partition(params)
+    return mean_loss(config, loaded.mesh, rows, lambda batch: step(trainable, frozen, batch))
+
+
+def held_out_answers(
+    config: RunConfig,
+    loaded: LoadedModel,
+    data: Data,
+    params: Params,
+    tokenizer: Any,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Answers to the first ``evaluation.rows`` held-out questions, as ``evaluation`` says."""
+    settings = config.evaluation
+    return answer_questions(
+        loaded.model,
+        params,
+        data.questions,
+        tokenizer,
+        rows=settings.rows,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=rows_for_mesh(settings.batch_size, loaded.mesh),
+        protocol=settings.answer,
+        progress=progress,
+    )

@@ -1,0 +1,136 @@
+"""The adapter that a user means by a directory: one of its own, a run's, or a run's at some step.
+
+Whatever is named, the commands get an adapter directory; one that has to be taken out of a training
+checkpoint is written to a temporary place, so that every reader of adapters is a reader of runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.targets import replaced
+from smoa_jax.adapter.tree import find_modulations
+from smoa_jax.adapter.types import SMOA_KEY, Params
+from smoa_jax.checkpoint.base import abstract_base
+from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.native.directory import CONFIG_FILE, save_adapter
+from smoa_jax.checkpoint.native.leaves import abstract_adapter
+from smoa_jax.training.checkpoints import TrainingCheckpoints
+from smoa_jax.training.directory import RunDirectory
+
+
+@contextlib.contextmanager
+def adapter_directory(path: str | Path, checkpoint: str, model: str) -> Iterator[Path]:
+    """The directory of the adapter that ``path`` and ``checkpoint`` mean.
+
+    >>> with adapter_directory("runs/mine", "best", "MODEL") as adapter:
+    ...     params = load_adapter(adapter, base.params, base_fingerprint=base.fingerprint)
+
+    Args:
+        path: An adapter's directory, or a run's.
+        checkpoint: Empty: the adapter as it stands there. ``best`` (by held-out loss), ``last`` or
+            a step's number: of the run's checkpoints.
+        model: The base, of which names and shapes alone are read.
+
+    Raises:
+        CheckpointError: if there is no such adapter, run or checkpoint.
+    """
+    given = Path(path).expanduser()
+    run = _run_of(given)
+    if not checkpoint:
+        yield given if run is None or (given / CONFIG_FILE).is_file() else _finished(run)
+        return
+    if run is None:
+        raise CheckpointError(
+            f"{given}: got --checkpoint {checkpoint} for what is no run; expected the directory of "
+            "a run (with config.yaml and checkpoints), or the adapter in one; leave it out"
+        )
+    with tempfile.TemporaryDirectory(prefix="smoa-adapter-") as folder:
+        yield write_checkpoint_adapter(run, checkpoint, model, Path(folder) / "adapter")
+
+
+def write_checkpoint_adapter(
+    run: RunDirectory, checkpoint: str, model: str, directory: Path
+) -> Path:
+    """Write the adapter of a run's checkpoint as a directory of its own.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint.
+        ValueError: for a word that is no checkpoint.
+    """
+    with TrainingCheckpoints(run.checkpoints, identity=None, read_only=True) as checkpoints:
+        identity, _, leaves = checkpoints.read_adapter(_step(checkpoints, checkpoint))
+    settings = json.loads(run.config_file.read_text(encoding="utf-8"))
+    config = SmoaConfig(**identity.adapter_config)
+    base = abstract_base(model)
+    return save_adapter(
+        _filled(abstract_adapter(base.params, config), leaves),
+        config,
+        directory,
+        base_fingerprint=identity.base_fingerprint,
+        base_name=settings["model"]["path"],
+        template=settings["data"]["template"],
+    )
+
+
+def run_settings(path: str | Path) -> dict[str, Any]:
+    """The configuration of the run that a directory, or the one around it, holds; {} if none."""
+    run = _run_of(Path(path).expanduser())
+    if run is None:
+        return {}
+    try:
+        return json.loads(run.config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a file that somebody wrote there in YAML of their own
+        return {}
+
+
+def _run_of(path: Path) -> RunDirectory | None:
+    """The run that lies in a directory, or that an adapter's directory lies in."""
+    for candidate in (RunDirectory(path), RunDirectory(path.absolute().parent)):
+        if candidate.holds_run and candidate.checkpoints.is_dir():
+            return candidate
+    return None
+
+
+def _finished(run: RunDirectory) -> Path:
+    if not (run.adapter / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{run.path}: got a run that isn't finished, so it holds no adapter; expected a "
+            "finished one; resume it, or name one of its checkpoints (--checkpoint last)"
+        )
+    return run.adapter
+
+
+def _step(checkpoints: TrainingCheckpoints, checkpoint: str) -> int | None:
+    if checkpoint == "last":
+        return None
+    if checkpoint == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise CheckpointError(
+                f"{checkpoints.directory}: got --checkpoint best, and none with a held-out loss; "
+                "expected a run that evaluates; use --checkpoint last, or a step's number"
+            )
+        return best
+    if not checkpoint.isdigit():
+        raise ValueError(f"got --checkpoint {checkpoint}; expected best, last or a step's number")
+    return int(checkpoint)
+
+
+def _filled(abstract: Params, leaves: Mapping[str, Any]) -> Params:
+    """An abstract adapted tree with the stored leaves of its modulations."""
+    params = abstract
+    for path, node, _ in find_modulations(abstract).values():
+        names = {field.name: "/".join((*path, field.name)) for field in dataclasses.fields(node)}
+        fields = {field: jnp.asarray(leaves[n]) for field, n in names.items() if n in leaves}
+        params = replaced(params, (*path, SMOA_KEY), dataclasses.replace(node, **fields))
+    return params
