@@ -22,7 +22,6 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-import smoa_jax
 from smoa_jax.commands.evaluate import evaluate
 from smoa_jax.commands.export import export
 from smoa_jax.commands.generate import generate
@@ -46,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``smoa``; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
-        print(f"smoa {smoa_jax.__version__}")
+        from smoa_jax import __version__
+
+        print(f"smoa {__version__}")
         return 0
     if not words or words[0] in ("-h", "--help"):
         print((__doc__ or "").strip())

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": {"adapter", "models", "sharding", "checkpoint", "data", "evaluation"},
     "commands": {"adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"},
 }
-MAY_IMPORT["cli"] = MAY_IMPORT["commands"] | {"commands"}
+MAY_IMPORT["cli"] = MAY_IMPORT["commands"] | {"commands", ""}  # for __version__
 #: What the core may import besides the standard library.
 CORE_LIBRARIES = {
     "jax",

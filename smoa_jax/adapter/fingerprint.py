@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
-import jax
 import numpy as np
 
+from smoa_jax.adapter.planning.exchange import gather_region
 from smoa_jax.adapter.targets import walk
 from smoa_jax.adapter.types import Params
 
@@ -32,10 +33,23 @@ def tree_fingerprint(params: Params) -> str:
     """
 
     def entries():
-        for path, leaf in sorted(walk(params)):
-            flat = jax.numpy.ravel(leaf)
-            count = _EDGE_BYTES // 4
-            first, last = (np.asarray(part, np.float32) for part in (flat[:count], flat[-count:]))
-            yield "/".join(path), leaf.shape, "float32", first.tobytes(), last.tobytes()
+        for path, leaf in sorted(walk(params), key=lambda entry: entry[0]):
+            first, last = (_edge(leaf, last=last).tobytes() for last in (False, True))
+            yield "/".join(path), leaf.shape, "float32", first, last
 
     return fingerprint_entries(entries())
+
+
+def _edge(leaf: Any, *, last: bool) -> np.ndarray:
+    """The first or last values of an array in row-major order, as float32.
+
+    Cut out of the axes before anything is flattened: whole rows alone leave their devices.
+    """
+    count = min(_EDGE_BYTES // 4, leaf.size)
+    bounds, rest = [], leaf.size
+    for size in leaf.shape:
+        rest //= max(size, 1)  # values of one entry of this axis
+        needed = min(-(-count // max(rest, 1)), size)
+        bounds.append((size - needed, size) if last else (0, needed))
+    values = gather_region(leaf, bounds).astype(np.float32).reshape(-1)
+    return values[values.size - count :] if last else values[:count]

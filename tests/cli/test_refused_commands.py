@@ -92,7 +92,7 @@ def test_an_adapter_goes_onto_its_own_base_alone(finished, model, tmp_path, caps
 
 def test_a_damaged_adapter_or_none_is_refused(finished, capsys):
     generate = ["generate", "--model", finished.base, "--prompt", "sky 1", "--adapter"]
-    check_refused(capsys, [*generate, finished.run], ["no adapter.json", "adapter/"], [])
+    check_refused(capsys, [*generate, finished.base], ["no adapter.json", "adapter/"], [])
     tensors = finished.adapter / "adapter.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
     words = ["adapter.safetensors", "damaged or incomplete", "copy it again"]

@@ -172,6 +172,20 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(base_dir, tmp
     assert any(record.get("skipped") == 2 for record in skipped)
 
 
+def test_the_adapter_is_saved_before_answers_are_scored(
+    base_dir, tmp_path, one_device, monkeypatch
+):
+    def fail(*_, **__):
+        raise MemoryError("while answering")
+
+    monkeypatch.setattr(training_run, "held_out_answers", fail)
+    config = run_config(base_dir, tmp_path / "run", evaluation_rows=3, evaluation_before=False)
+    with pytest.raises(MemoryError):
+        run(config)
+    assert (tmp_path / "run" / "adapter" / "adapter.json").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +53,31 @@ def layer_scores(matrix: jax.Array) -> dict[str, jax.Array]:
     return {"inputs": near, "outputs": far} if wide else {"inputs": far, "outputs": near}
 
 
-def layer_bands(matrix: jax.Array, num_bands: int, name: str) -> dict[str, np.ndarray]:
+def layer_bands(
+    matrix: jax.Array, num_bands: int, name: str, cuts: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """The parts of one (I, O) weight in each band of its spectrum but the last [S1].
+
+    Args:
+        matrix: The weight.
+        num_bands: M.
+        name: Of the kernel, for errors.
+        cuts: First indices of bands 2..M, if they are known: another library may round energies to
+            the other side of a cut. None: by energy.
 
     Raises:
         ValueError: if a band is empty.
     """
     transposed = matrix.shape[0] > matrix.shape[1]
     vectors, projected, values = _factors(matrix)
-    cuts = band_cuts(np.asarray(values), num_bands, name)
+    if cuts is None:
+        cuts = band_cuts(np.asarray(values), num_bands, name)
     edges = (0, *cuts)
+    if list(edges) != sorted({*edges}) or edges[-1] >= len(values):
+        raise ValueError(
+            f"got cuts {tuple(cuts)} for the {len(values)} singular values of {name}; expected "
+            "ascending indices inside them; the adapter is damaged, or of another base"
+        )
     rest = matrix.astype(jnp.float32)
     parts, norms = [], []
     for start, stop in itertools.pairwise(edges):

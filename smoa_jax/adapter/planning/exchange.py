@@ -9,7 +9,7 @@ processes must call these functions in the same order; with a single process not
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,23 +34,37 @@ def gather_layer(kernel: jax.Array | np.ndarray, view: View, layer: int) -> np.n
     own part. All processes must call it for a kernel that spans them.
     """
     axes = view.order[: view.num_layer_axes]
-    place = np.unravel_index(layer, [kernel.shape[axis] for axis in axes]) if axes else ()
-    positions = dict(zip(axes, map(int, place), strict=True))
-    if isinstance(kernel, np.ndarray):
-        return kernel[tuple(positions.get(axis, slice(None)) for axis in range(kernel.ndim))]
-    kept = [axis for axis in range(kernel.ndim) if axis not in positions]
-    own = np.zeros([kernel.shape[axis] for axis in kept], kernel.dtype)
-    for shard in kernel.addressable_shards:
-        inside = [part.indices(size) for part, size in zip(shard.index, kernel.shape, strict=True)]
-        here = all(inside[axis][0] <= at < inside[axis][1] for axis, at in positions.items())
-        if shard.replica_id != 0 or not here:
+    indices = np.unravel_index(layer, [kernel.shape[axis] for axis in axes]) if axes else ()
+    bounds = [(0, size) for size in kernel.shape]
+    for axis, index in zip(axes, map(int, indices), strict=True):
+        bounds[axis] = (index, index + 1)
+    return gather_region(kernel, bounds).squeeze(tuple(axes))
+
+
+def gather_region(array: jax.Array | np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Part of an array on the host, from the first to before the second bound of each axis.
+
+    Piece by piece from wherever they lie, so that no device ever holds more of the array than its
+    own part. All processes must call it for an array that spans them.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)[tuple(slice(*edges) for edges in bounds)]
+    own = np.zeros([stop - start for start, stop in bounds], array.dtype)
+    for shard in array.addressable_shards:
+        held = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True)]
+        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, held, strict=True)]
+        if shard.replica_id != 0 or any(start >= stop for start, stop in common):
             continue
-        part = shard.data
-        for axis in sorted(positions, reverse=True):
-            offset = positions[axis] - inside[axis][0]
-            part = jax.lax.dynamic_index_in_dim(part, offset, axis, keepdims=False)
-        own[tuple(slice(*inside[axis][:2]) for axis in kept)] = np.asarray(part)
-    return _sum_over_processes(own) if spans_processes(kernel) else own
+        within = [begin for begin, _ in held]
+        starts = [start - begin for (start, _), begin in zip(common, within, strict=True)]
+        sizes = [stop - start for start, stop in common]
+        part = jax.lax.dynamic_slice(shard.data, starts, sizes)  # one program for all layers
+        target = tuple(
+            slice(start - begin, stop - begin)
+            for (start, stop), (begin, _) in zip(common, bounds, strict=True)
+        )
+        own[target] = np.asarray(part)
+    return _sum_over_processes(own) if spans_processes(array) else own
 
 
 def share_result(

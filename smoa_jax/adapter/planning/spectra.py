@@ -37,6 +37,7 @@ from smoa_jax.adapter.planning.exchange import (
     share_result,
     spans_processes,
 )
+from smoa_jax.adapter.planning.memory import available_memory, decomposition_bytes
 from smoa_jax.adapter.targets import Target, find_targets, lookup
 from smoa_jax.adapter.types import Params
 
@@ -77,6 +78,7 @@ def plan_spectra(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    cuts: Mapping[str, Any] | None = None,
 ) -> Spectra:
     """Decompose every kernel that ``config`` adapts; slow once, cacheable.
 
@@ -90,6 +92,7 @@ def plan_spectra(
         cache_dir: Directory of results of earlier calls, keyed by the content of each layer's
             weights. An entry that cannot be read is recomputed, with a warning.
         progress: Told after every layer, of this process's layers.
+        cuts: Of bands that are known already, (L?, M-1) by dotted module path; None: by energy.
 
     Returns:
         Spectra by dotted module path; ``{}`` when the partition needs none.
@@ -111,7 +114,7 @@ def plan_spectra(
         for layer, selected in enumerate(target.selected)
         if selected
     ]
-    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
+    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None, cuts)
     own = _plan_share(jobs, planner, progress)
     stacks = {t.name: _Stack(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     for number, job in enumerate(jobs):
@@ -137,6 +140,24 @@ def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
         )
 
 
+def num_workers(
+    shapes: Sequence[tuple[int, ...]], *, cpus: int | None = None, memory: int | None = None
+) -> int:
+    """Layers to decompose at a time: one for each CPU of this process that there is memory for.
+
+    Args:
+        shapes: (I, O) of the layers.
+        cpus: That this process may use; None: as the system says.
+        memory: Bytes that are free; None: likewise.
+    """
+    if cpus is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        cpus = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    memory = available_memory() if memory is None else memory
+    largest = max((decomposition_bytes(*shape) for shape in shapes), default=1)
+    return max(1, min(cpus, memory // largest))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """One layer to decompose."""
@@ -160,7 +181,7 @@ def _plan_share(
     """
     count, me = jax.process_count(), jax.process_index()
     devices = jax.local_devices()
-    workers = os.cpu_count() or 1
+    workers = num_workers([job.target.matrix_shape[-2:] for job in jobs])
     if devices[0].platform != "cpu":
         workers = min(len(devices), workers)
     total = len(range(me, len(jobs), count))
@@ -209,16 +230,19 @@ def _plan_share(
 class _Planner:
     """Decomposes single layers, or finds them in the cache."""
 
-    def __init__(self, config: SmoaConfig, cache_dir: Path | None):
+    def __init__(self, config: SmoaConfig, cache_dir: Path | None, cuts: Mapping[str, Any] | None):
         self._config = config
         self._cache_dir = cache_dir
+        self._cuts = cuts
 
     def layer(self, job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
         matrix = fetch()
-        entry = self._entry(job, matrix)
-        found = entry.read() if entry is not None else None
-        if found is not None:
-            return found
+        cuts = self._known_cuts(job)
+        entries = self._entries(job, matrix, cuts)
+        for entry in entries:
+            found = entry.read()
+            if found is not None and (cuts is None or cuts == found["cuts"].tolist()):
+                return found
         matrix = jax.device_put(matrix, device)
         if not bool(jnp.isfinite(matrix).all()):
             raise ValueError(
@@ -228,19 +252,31 @@ class _Planner:
         if self._config.has_blocks:
             result = {k: np.asarray(v) for k, v in layer_scores(matrix).items()}
         else:
-            result = layer_bands(matrix, self._config.num_subspaces, job.name)
-        if entry is not None:
+            result = layer_bands(matrix, self._config.num_subspaces, job.name, cuts)
+        for entry in entries[-1:]:
             entry.write(result)
         return result
 
-    def _entry(self, job: _Job, matrix: Any) -> CacheEntry | None:
-        if self._cache_dir is None:
+    def _known_cuts(self, job: _Job) -> list[int] | None:
+        if self._cuts is None:
             return None
+        cuts = np.asarray(self._cuts[job.target.name])
+        return [int(cut) for cut in (cuts[job.layer] if job.target.leading else cuts)]
+
+    def _entries(self, job: _Job, matrix: Any, cuts: list[int] | None) -> list[CacheEntry]:
+        """Where the result may lie; the last is its own place.
+
+        Bands of known cuts are kept apart: they needn't be those that this host would cut.
+        """
+        if self._cache_dir is None:
+            return []
         kind: tuple[Any, ...] = (self._config.partition,)
         if not self._config.has_blocks:  # scores serve any number of blocks, bands do not
             kind = (*kind, self._config.num_subspaces)
+        kinds = [kind] if cuts is None else [kind, (*kind, *cuts)]
         like = _layer_structs(job.target, job.kernel.dtype, self._config)
-        return CacheEntry(self._cache_dir, np.asarray(matrix), kind, like, job.name)
+        weight = np.asarray(matrix)
+        return [CacheEntry(self._cache_dir, weight, kind, like, job.name) for kind in kinds]
 
 
 def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
