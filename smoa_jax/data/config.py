@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.data.arithmetic import ArithmeticTask, arithmetic_rows
 from smoa_jax.data.encode import Questions, encode_questions, encode_rows
+from smoa_jax.data.identity import data_identity
 from smoa_jax.data.packing import plan_rows
 from smoa_jax.data.pipeline import ExamplesIndex, TrainStream
 from smoa_jax.data.reasoning import reasoning_rows
@@ -127,6 +128,7 @@ class Data:
         eval: Held-out rows for the loss, for ``eval_batches``; ``None`` without held-out rows.
         questions: Held-out prompts and reference answers, for generation; maybe none.
         counts: Per split, what was read, dropped and cut.
+        identity: Digests of the rows and of their files (``data_identity``).
     """
 
     config: DataConfig
@@ -134,6 +136,7 @@ class Data:
     eval: ExamplesIndex | None
     questions: Questions
     counts: dict[str, dict[str, int]]
+    identity: dict[str, Any]
 
     def train_stream(
         self, batch_size: int, *, process_index: int = 0, process_count: int = 1
@@ -186,7 +189,19 @@ def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     counts["train"]["response_tokens"] = int(train.examples.trained.sum())
     if held_out is not None:
         counts["eval"] = dict(held_out.examples.counts)
-    return Data(config=config, train=train, eval=held_out, questions=questions, counts=counts)
+    identity = data_identity(
+        train.examples,
+        None if held_out is None else held_out.examples,
+        [*config.train_files, *config.eval_files],
+    )
+    return Data(
+        config=config,
+        train=train,
+        eval=held_out,
+        questions=questions,
+        counts=counts,
+        identity=identity,
+    )
 
 
 def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[str]]:

@@ -47,7 +47,10 @@ class RowPlan:
         return self.members[self.offsets[index] : self.offsets[index + 1]]
 
     def fingerprint(self) -> str:
-        """Changes whenever another data set, length or plan stands behind the row numbers."""
+        """Changes whenever other numbers of rows, a length or another plan stand behind a row.
+
+        It says nothing of what the examples hold; ``data/identity.py`` does.
+        """
         digest = zlib.crc32(self.members.tobytes())
         for part in (self.offsets, self.bucket_of_row, np.asarray(self.buckets)):
             digest = zlib.crc32(np.ascontiguousarray(part, np.int64).tobytes(), digest)

@@ -26,7 +26,7 @@ from smoa_jax.data.rows import (
     Message,
     OnBadRow,
     Row,
-    question_of,
+    question_keys,
 )
 
 _SHAPES = "instruction/output[/input], prompt/completion, or messages"
@@ -130,13 +130,15 @@ def split_rows(
 def drop_overlap(
     train: Sequence[AnyRow], held_out: Sequence[AnyRow]
 ) -> tuple[list[AnyRow], Counter[str]]:
-    """``held_out`` without rows whose question occurs in ``train``, and how many those were.
+    """``held_out`` without rows of which a question occurs in ``train``, and how many those were.
+
+    Every trained turn counts, with what was said before it (``question_keys``).
 
     Raises:
         ValueError: No row of a held-out set is left.
     """
-    seen = {question_of(row) for row in train}
-    kept = [row for row in held_out if question_of(row) not in seen]
+    seen = {key for row in train for key in question_keys(row)}
+    kept = [row for row in held_out if seen.isdisjoint(question_keys(row))]
     if held_out and not kept:
         raise ValueError(
             f"got {len(held_out)} held-out rows, all of which occur in training; expected others; "

@@ -15,7 +15,7 @@ from smoa_jax.training.config import OptimizerConfig
 from smoa_jax.training.loop import Taken
 from smoa_jax.training.run import RunError, run
 from tests.training.conftest import use_one_device
-from tests.training.tiny_run import read_metrics, run_config, write_base
+from tests.training.tiny_run import TASK, read_metrics, run_config, write_base
 
 
 class Watch:
@@ -170,6 +170,18 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(base_dir, tmp
     assert not np.asarray(b).any()
     skipped = read_metrics(tmp_path / "run")
     assert any(record.get("skipped") == 2 for record in skipped)
+
+
+def test_a_run_is_not_resumed_on_other_data(base_dir, tmp_path, one_device):
+    changes = {"train_save_every": 2, "train_steps": 4}
+    run(run_config(base_dir, tmp_path / "run", **changes), on_step=Watch(stop_after=2))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    for task in (dataclasses.replace(TASK, seed=5), dataclasses.replace(TASK, eval_rows=15)):
+        other = run_config(base_dir, tmp_path / "run", data_task=task, **changes)
+        with pytest.raises(ValueError, match="than the run began with"):
+            run(other, resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert run(run_config(base_dir, tmp_path / "run", **changes), resume=True).finished
 
 
 def test_the_adapter_is_saved_before_answers_are_scored(
