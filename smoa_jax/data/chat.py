@@ -86,8 +86,11 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             date_string=_FIXED_DATE,
         )
-    except (TemplateError, TypeError, ValueError) as error:  # what a template's program may raise
+    except TemplateError as error:  # its own word for what it refuses
         raise ValueError(" ".join(str(error).split())) from error
+    except Exception as error:  # a template is a program, and may fail as any program does
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{type(error).__name__}: {reason}") from error
     return str(text)
 
 

@@ -14,6 +14,7 @@ format is another finding than one that is wrong.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
@@ -39,9 +40,14 @@ TASK_PROTOCOLS: dict[str, Protocol] = {
 }
 _ANY_CHOICE = r"true|false|(?:solution|answer|ending|option)[1-9]"
 
-# A sign counts only where it does not join two numbers, as in "7-3"; thousands are grouped by
-# commas; "5." at the end of a sentence is 5.
-_NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+")
+# A number begins where neither a word nor the digits before a point go on ("v2", "1.2.3"). A sign
+# counts only where it does not join two numbers, as in "7-3"; thousands are grouped by commas; "5."
+# at the end of a sentence is 5, and ".5" is a half, but for a point that ends a word or follows
+# another: "No.5" is 5, "...42" is 42.
+_NUMBER = re.compile(
+    r"(?<!\w)(?<!\d\.)[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"|(?<![\w.])[-+\u2212]?\.\d+"
+)
 #: LLM-Adapters' tolerance, for references that are written with fewer decimals.
 _NUMBER_TOLERANCE = Decimal("0.001")
 
@@ -66,6 +72,23 @@ class Score:
     def accuracy(self) -> float:
         """The share of right answers, from 0 to 1."""
         return self.correct / self.total
+
+
+def check_task(task: str, protocol: Protocol) -> None:
+    """Refuse a task that nobody knows, or one that is scored by another protocol.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    if task and task not in TASK_PROTOCOLS:
+        near = difflib.get_close_matches(task, TASK_PROTOCOLS, n=2, cutoff=0.5)
+        known = ", ".join(near or TASK_PROTOCOLS)
+        raise ValueError(f"got task {task!r}; expected one such as {known}; or leave it out")
+    if task and protocol != protocol_of(task):
+        raise ValueError(
+            f"got answer {protocol!r} for task {task!r}; expected {protocol_of(task)!r}, by which "
+            "it is scored; change one of the two"
+        )
 
 
 def protocol_of(task: str) -> Protocol:

@@ -87,14 +87,17 @@ def answer_questions(
     max_new_tokens: int,
     batch_size: int,
     protocol: Protocol,
+    task: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Greedy answers to the first ``rows`` questions, scored against their references.
 
+    ``task`` narrows the labels that ``choice`` knows to those of one task.
+
     Raises:
         ValueError: as ``check_questions``.
     """
-    check_questions(questions, rows, protocol)
+    check_questions(questions, rows, protocol, task)
     ids = special_ids(tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_ids=ids.eos, pad_id=ids.pad)
     responses = respond(
@@ -106,11 +109,11 @@ def answer_questions(
         batch_size=batch_size,
         progress=progress,
     )
-    score = score_responses(responses, questions.references[:rows], protocol=protocol)
+    score = score_responses(responses, questions.references[:rows], task, protocol)
     return Answers(responses=responses, score=score)
 
 
-def check_questions(questions: Questions, rows: int, protocol: Protocol) -> None:
+def check_questions(questions: Questions, rows: int, protocol: Protocol, task: str = "") -> None:
     """Refuse to score more questions than there are, or any whose reference holds no answer.
 
     Raises:
@@ -122,4 +125,4 @@ def check_questions(questions: Questions, rows: int, protocol: Protocol) -> None
             "hold out more rows (data.eval_rows, data.task.eval_rows) or lower evaluation.rows"
         )
     for reference in questions.references[:rows]:
-        expected_answer(reference, protocol=protocol)
+        expected_answer(reference, task, protocol)

@@ -63,7 +63,8 @@ def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
     check_batch(loaded.mesh, eval_batch_size(config), "train.eval_batch_size")
     largest = max(int(rows.examples.tokens.max()) for rows in (data.train, data.eval) if rows)
     check_vocabulary(largest, loaded.base.config.vocab_size, config.model.path)
-    check_questions(data.questions, config.evaluation.rows, config.evaluation.answer)
+    settings = config.evaluation
+    check_questions(data.questions, settings.rows, settings.answer, settings.task)
     _check_positions(config, loaded.base.config.max_positions, data)
 
 

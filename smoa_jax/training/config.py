@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.data.config import DataConfig
+from smoa_jax.evaluation.answers import check_task
 from smoa_jax.models.decoder import REMAT_POLICIES
 from smoa_jax.models.fused_attention import AttentionName
 from smoa_jax.sharding.mesh import MeshConfig
@@ -78,6 +79,8 @@ class OptimizerConfig:
     Args:
         learning_rate: Peak; None: the method's own default (``DEFAULT_LEARNING_RATES``).
         warmup_steps: Linear warm-up from 0.
+        max_warmup_share: Of a run's steps that its warm-up may take; a longer one is cut, and the
+            run says so.
         schedule: After it: ``linear`` or ``cosine`` decay to ``final_fraction``, or ``constant``.
         final_fraction: Of the peak, reached at the last step.
         weight_decay: Decoupled, on the factors.
@@ -89,6 +92,7 @@ class OptimizerConfig:
 
     learning_rate: float | None = None
     warmup_steps: int = 100
+    max_warmup_share: float = 0.1
     schedule: Schedule = "linear"
     final_fraction: float = 0.0
     weight_decay: float = 0.0
@@ -111,8 +115,9 @@ class OptimizerConfig:
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 or more")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"got optimizer.final_fraction={self.final_fraction}; expected 0 to 1")
+        for name in ("final_fraction", "max_warmup_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 to 1")
         for name in ("beta1", "beta2"):  # at 1 a moment would never move, and its bias divide by 0
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
@@ -193,6 +198,8 @@ class GenerationEvalConfig:
         max_new_tokens: Longest answer.
         batch_size: Questions at a time.
         answer: How an answer is found in the text: the protocols of ``evaluation/answers.py``.
+        task: A task of the papers whose labels ``choice`` looks for, such as boolq; empty: the
+            labels of all of them.
         before: Score the base model too.
     """
 
@@ -200,6 +207,7 @@ class GenerationEvalConfig:
     max_new_tokens: int = 16
     batch_size: int = 32
     answer: Literal["exact", "number", "choice"] = "exact"
+    task: str = ""
     before: bool = True
 
     def __post_init__(self) -> None:
@@ -208,6 +216,7 @@ class GenerationEvalConfig:
                 f"got evaluation.rows={self.rows}, max_new_tokens={self.max_new_tokens}, "
                 f"batch_size={self.batch_size}; expected at least 0, 1 and 1"
             )
+        check_task(self.task, self.answer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

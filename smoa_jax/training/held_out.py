@@ -67,5 +67,6 @@ def held_out_answers(
         max_new_tokens=settings.max_new_tokens,
         batch_size=rows_for_mesh(settings.batch_size, loaded.mesh),
         protocol=settings.answer,
+        task=settings.task,
         progress=progress,
     )

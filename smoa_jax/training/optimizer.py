@@ -7,10 +7,20 @@ import optax
 from smoa_jax.training.config import RunConfig
 
 
+def warmup_steps(config: RunConfig, steps: int) -> int:
+    """Steps of warm-up in a run of ``steps``: as configured, at most a share of the run.
+
+    A short run would otherwise end where its warm-up does, at the peak rate.
+    """
+    optimizer = config.optimizer
+    longest = max(round(optimizer.max_warmup_share * steps), 1)
+    return min(optimizer.warmup_steps, longest, max(steps - 1, 0))
+
+
 def make_schedule(config: RunConfig, steps: int) -> optax.Schedule:
     """Learning rate by optimizer step: linear warm-up from 0, then decay until ``steps``."""
     optimizer, peak = config.optimizer, config.learning_rate
-    warmup = min(optimizer.warmup_steps, max(steps - 1, 0))
+    warmup = warmup_steps(config, steps)
     rest = max(steps - warmup, 1)
     if optimizer.schedule == "constant":
         after = optax.constant_schedule(peak)

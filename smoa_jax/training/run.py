@@ -35,7 +35,7 @@ from smoa_jax.training.metrics import (
 )
 from smoa_jax.training.model import LoadedModel, load_model
 from smoa_jax.training.on_step import BetweenSteps, stop_on_signals
-from smoa_jax.training.optimizer import make_schedule
+from smoa_jax.training.optimizer import make_schedule, warmup_steps
 from smoa_jax.training.state import (
     Programs,
     resume_state,
@@ -148,6 +148,13 @@ def prepare(
         )
         loaded = load_model(config)
         check_data(config, loaded, data)
+        warmup = warmup_steps(config, steps)
+        if warmup < config.optimizer.warmup_steps:
+            report.say(
+                f"warm-up: {warmup} of {steps} steps, cut from optimizer.warmup_steps="
+                f"{config.optimizer.warmup_steps} by optimizer.max_warmup_share="
+                f"{config.optimizer.max_warmup_share}"
+            )
         report.update(1, str(config.model.path))
     return Prepared(
         config=config,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa_jax.evaluation.answers import extract_answer, protocol_of, score_responses
+from smoa_jax.evaluation.answers import check_task, extract_answer, protocol_of, score_responses
 
 PAPER_DATA = Path(
     os.environ.get("SMOA_PAPER_DATA", Path(__file__).parents[2].parent / "shared" / "data")
@@ -29,6 +29,14 @@ PAPER_DATA = Path(
         ("x = .5", "0.5"),
         ("0", "0"),
         ("100", "100"),
+        ("it is ...42", "42"),
+        ("No.5", "5"),
+        ("-.5", "-0.5"),
+        ("$.50", "0.5"),
+        ("x=.5.", "0.5"),
+        ("3.14.", "3.14"),
+        ("section 1.2.3", "1.2"),
+        ("v2.5", None),
         ("none at all", None),
         ("", None),
     ],
@@ -118,3 +126,23 @@ def test_the_papers_outputs_hold_the_papers_answers(task):
         assert score_responses(answers, answers, task).accuracy == 1
         rotated = answers[1:] + answers[:1]
         assert score_responses(rotated, answers, task).accuracy < 0.8
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "words"),
+    [
+        ("boolqq", "choice", "expected one such as boolq"),
+        ("gsm8k", "choice", "expected 'number', by which it is scored"),
+        ("piqa", "exact", "expected 'choice'"),
+    ],
+)
+def test_a_task_that_is_unknown_or_scored_otherwise_is_refused(task, protocol, words):
+    with pytest.raises(ValueError, match=words):
+        check_task(task, protocol)
+    check_task("", protocol)
+
+
+def test_a_known_task_takes_its_own_labels_alone():
+    responses, references = ["maybe answer1, but solution2"], ["solution2"]
+    assert score_responses(responses, references, "piqa", "choice").correct == 1
+    assert score_responses(responses, references, "", "choice").correct == 0
