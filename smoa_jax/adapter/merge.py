@@ -8,6 +8,7 @@ how much, and ``merge_smoa(params, jnp.float32)`` avoids it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -34,6 +35,15 @@ class MergeLoss:
     update_norm: float
     rounding_norm: float
     kept: float
+
+    @classmethod
+    def of_sums(cls, update: float, rounding: float, along: float) -> MergeLoss:
+        """From sums over entries: of both norms squared, and of ``(round(W') - W) * (W' - W)``."""
+        return cls(
+            update_norm=float(update) ** 0.5,
+            rounding_norm=float(rounding) ** 0.5,
+            kept=float(along) / float(update) if update else 1.0,
+        )
 
     @property
     def relative(self) -> float:
@@ -89,38 +99,46 @@ def merge_report(params: Params, dtype: Any) -> dict[str, MergeLoss]:
     for name, (path, modulation, key) in modulations.items():
         kernel = lookup(params, path)[key]
         view = view_of(modulation.view, kernel.ndim, name)
-        sums = _map_layers(_layer_loss(dtype), view, view.to_matrix(kernel), modulation)
-        update, rounding, along = (float(jnp.sum(part)) for part in sums)
-        report[name] = MergeLoss(
-            update_norm=update**0.5,
-            rounding_norm=rounding**0.5,
-            kept=along / update if update else 1.0,
+        sums = _map_layers(
+            functools.partial(layer_loss, dtype=jnp.dtype(dtype)),
+            view,
+            view.to_matrix(kernel),
+            modulation,
         )
+        report[name] = MergeLoss.of_sums(*(float(jnp.sum(part)) for part in sums))
     return report
 
 
-def _layer_loss(dtype: Any):
-    def loss(kernel: jax.Array, modulation: Modulation) -> tuple[jax.Array, ...]:
-        change = residual(kernel, modulation)
-        base = kernel.astype(jnp.float32)
-        exact = base + change
-        rounded = exact.astype(dtype).astype(jnp.float32)
-        return (
-            jnp.sum(change**2),
-            jnp.sum((rounded - exact) ** 2),
-            jnp.sum((rounded - base) * change),
-        )
+@functools.partial(jax.jit, static_argnames="dtype")
+def layer_loss(weight: jax.Array, modulation: Modulation, dtype: Any) -> tuple[jax.Array, ...]:
+    """The three sums of ``MergeLoss.of_sums`` for one (I, O) layer rounded to ``dtype``."""
+    change = residual(weight, modulation)
+    base = weight.astype(jnp.float32)
+    exact = base + change
+    rounded = exact.astype(dtype).astype(jnp.float32)
+    return (
+        jnp.sum(change**2),
+        jnp.sum((rounded - exact) ** 2),
+        jnp.sum((rounded - base) * change),
+    )
 
-    return loss
+
+@jax.jit
+def merge_layer(weight: jax.Array, modulation: Modulation) -> jax.Array:
+    """W' of one (I, O) layer in float32: to the last bit what ``merge_smoa`` makes of a stack."""
+    stack = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (weight, modulation))
+    return jax.lax.map(lambda layer: _merged(layer[0], layer[1], jnp.float32), stack)[0]
+
+
+def _merged(matrix: jax.Array, node: Modulation, dtype: Any) -> jax.Array:
+    return (matrix.astype(jnp.float32) + residual(matrix, node)).astype(dtype)
 
 
 def _merge_kernel(kernel: jax.Array, modulation: Modulation, dtype: Any) -> jax.Array:
     view = view_of(modulation.view, kernel.ndim, "the kernel")
     target = kernel.dtype if dtype is None else dtype
 
-    def merge(matrix: jax.Array, node: Modulation) -> jax.Array:
-        return (matrix.astype(jnp.float32) + residual(matrix, node)).astype(target)
-
+    merge = functools.partial(_merged, dtype=target)
     matrix = _map_layers(merge, view, view.to_matrix(kernel), modulation)
     merged = view.from_matrix(matrix, kernel.shape)
     concrete = isinstance(kernel, jax.Array) and not isinstance(merged, Tracer)

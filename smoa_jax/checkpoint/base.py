@@ -26,7 +26,7 @@ from smoa_jax.checkpoint.huggingface.directory import (
 )
 from smoa_jax.checkpoint.huggingface.multimodal import TextPart
 from smoa_jax.checkpoint.huggingface.safetensors_files import SafetensorsFiles, open_directory
-from smoa_jax.checkpoint.names import tensor_slots
+from smoa_jax.checkpoint.names import TensorSlot, tensor_slots
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import abstract_params
 
@@ -60,6 +60,30 @@ class BaseModel(AbstractBase):
     fingerprint: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredBase(AbstractBase):
+    """A base model whose weights stay on disk, to be read tensor by tensor."""
+
+    fingerprint: str
+    reader: TensorReader
+    slots: dict[str, TensorSlot]
+
+
+def open_base(path: str | Path, dtype: DTypeLike = jnp.float32) -> StoredBase:
+    """Find and check a base model and tell it from others; of its weights only edges are read.
+
+    Arguments and errors as for ``load_base``.
+    """
+    _check_dtype(dtype)
+    found = _locate(path, weights=True)
+    abstract, gguf_file = _describe(found, dtype)
+    reader: TensorReader = gguf_file or open_tensors(found, abstract.hf_config)
+    slots = tensor_slots(abstract.params)
+    check_tensors(reader, slots)
+    fields = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(abstract)}
+    return StoredBase(**fields, fingerprint=fingerprint(reader, slots), reader=reader, slots=slots)
+
+
 def load_base(
     path: str | Path, dtype: DTypeLike = jnp.float32, shardings: dict[str, Any] | None = None
 ) -> BaseModel:
@@ -81,15 +105,10 @@ def load_base(
     Raises:
         CheckpointError: for anything missing, surplus, misshapen, damaged or unsupported.
     """
-    _check_dtype(dtype)
-    found = _locate(path, weights=True)
-    abstract, gguf_file = _describe(found, dtype)
-    reader: TensorReader = gguf_file or open_tensors(found, abstract.hf_config)
-    slots = tensor_slots(abstract.params)
-    check_tensors(reader, slots)
-    params = assemble(reader, abstract.params, shardings)
-    fields = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(abstract)}
-    return BaseModel(**{**fields, "params": params}, fingerprint=fingerprint(reader, slots))
+    stored = open_base(path, dtype)
+    fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(AbstractBase)}
+    params = assemble(stored.reader, stored.params, shardings)
+    return BaseModel(**{**fields, "params": params}, fingerprint=stored.fingerprint)
 
 
 def abstract_base(path: str | Path, dtype: DTypeLike = jnp.float32) -> AbstractBase:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from smoa_jax.adapter.merge import merge_report, merge_smoa
-from smoa_jax.adapter.types import Params
+from smoa_jax.adapter.merge import MergeLoss
+from smoa_jax.checkpoint.assemble import assemble
+from smoa_jax.checkpoint.base import StoredBase, open_base
 from smoa_jax.checkpoint.directories import check_target
 from smoa_jax.checkpoint.export import orbax as orbax_export
-from smoa_jax.checkpoint.export.huggingface import export_huggingface
+from smoa_jax.checkpoint.export.huggingface import export_stored
+from smoa_jax.checkpoint.export.merged import MergedReader
 from smoa_jax.checkpoint.export.orbax import export_orbax
 from smoa_jax.checkpoint.huggingface import directory as huggingface
 from smoa_jax.checkpoint.huggingface.config import is_multimodal
-from smoa_jax.checkpoint.native.directory import read_adapter
+from smoa_jax.checkpoint.native.directory import open_adapter
 from smoa_jax.checkpoint.peft import export as peft_files
 from smoa_jax.checkpoint.peft.export import export_peft
 from smoa_jax.checkpoint.peft.names import module_naming
-from smoa_jax.commands.tables import console, load
+from smoa_jax.commands.tables import console
 from smoa_jax.data.tokenizer import SpecialIds, load_tokenizer, special_ids
+from smoa_jax.training.model import spectra_cache
+from smoa_jax.training.saved_adapter import adapter_directory
 
 
 def export(
@@ -30,20 +35,25 @@ def export(
     model: str,
     adapter: str,
     output: str,
+    checkpoint: str = "",
     format: Literal["huggingface", "orbax", "peft"] = "huggingface",
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_bytes: int = 5 * 2**30,
+    spectra_cache_dir: str = "auto",
     overwrite: bool = False,
 ) -> int:
-    """Write a trained adapter for other tools.
+    """Write a trained adapter for other tools, on the host and kernel by kernel.
 
     Args:
         model: The base it was trained on: Hugging Face directory or GGUF file.
-        adapter: Adapter directory.
+        adapter: Adapter directory, or a run's.
         output: Directory to write; must not hold anything.
+        checkpoint: best, last or a step's number, of the run that adapter names or lies in; empty:
+            the adapter as it stands.
         format: huggingface, orbax: a merged model; peft: an adapter for PEFT.
         dtype: Of the merged weights; the merge itself is in float32.
         max_shard_bytes: Largest file of a merged Hugging Face model.
+        spectra_cache_dir: Where spectral bands are kept: auto, off or a directory.
         overwrite: Replace what output holds.
     """
     marker, what = {
@@ -54,11 +64,13 @@ def export(
     check_target(
         Path(output), marker=marker, what=what, overwrite=overwrite, inputs=[model, adapter]
     )
-    base, params = load(model, adapter, jnp.float32)
+    base = open_base(model)
+    with adapter_directory(adapter, checkpoint, model) as directory:
+        params, config = open_adapter(directory, base.params, base_fingerprint=base.fingerprint)
     if format == "peft":
         export_peft(
             params,
-            read_adapter(adapter).config,
+            config,
             output,
             base_model_name=str(Path(model)),
             hf_module_name=module_naming(base.hf_config),
@@ -66,33 +78,70 @@ def export(
         )
         console.print(f"PEFT adapter: {output}", soft_wrap=True, markup=False)
         return 0
-    target = jnp.dtype(dtype)
-    _show_rounding(params, dtype)
-    write = functools.partial(
-        export_huggingface,
-        max_shard_bytes=max_shard_bytes,
-        multimodal_source=base.source if is_multimodal(base.hf_config) else None,
+    reader = MergedReader(
+        base,
+        params,
+        config,
+        rounded_to=dtype,
+        cache_dir=spectra_cache(spectra_cache_dir),
     )
-    if format == "orbax":
-        write = export_orbax
-    tokenizer = load_tokenizer(base.source)
-    write(
-        merge_smoa(params, target),
-        base.config,
-        output,
-        dtype=target,
-        hf_config=base.hf_config,
-        generation_config=_with_stops(base.generation_config, special_ids(tokenizer)),
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-    )
+    write = _write_huggingface if format == "huggingface" else _write_orbax
+    write(reader, base, output, jnp.dtype(dtype), max_shard_bytes, overwrite)
+    _show_rounding(reader.report(), dtype)
     console.print(f"merged model: {output}", soft_wrap=True, markup=False)
     return 0
 
 
-def _show_rounding(params: Params, dtype: str) -> None:
+def _write_huggingface(
+    reader: MergedReader,
+    base: StoredBase,
+    output: str,
+    dtype: Any,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> None:
+    export_stored(
+        reader,
+        base.slots,
+        base.config,
+        output,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        multimodal_source=base.source if is_multimodal(base.hf_config) else None,
+        overwrite=overwrite,
+        **_beside_weights(base),
+    )
+
+
+def _write_orbax(
+    reader: MergedReader, base: StoredBase, output: str, dtype: Any, _: int, overwrite: bool
+) -> None:
+    """Orbax writes whole arrays, so the merged model is put together once, on the host."""
+    rounded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), base.params)
+    with jax.default_device(jax.devices("cpu")[0]):
+        merged = assemble(reader, rounded, None)
+        export_orbax(
+            merged,
+            base.config,
+            output,
+            dtype=dtype,
+            overwrite=overwrite,
+            **_beside_weights(base),
+        )
+
+
+def _beside_weights(base: StoredBase) -> dict[str, Any]:
+    """Configs and tokenizer of an exported model."""
+    tokenizer = load_tokenizer(base.source)
+    return {
+        "hf_config": base.hf_config,
+        "generation_config": _with_stops(base.generation_config, special_ids(tokenizer)),
+        "tokenizer": tokenizer,
+    }
+
+
+def _show_rounding(report: Mapping[str, MergeLoss], dtype: str) -> None:
     """What rounding the merged kernels loses, with a warning where that is much of the update."""
-    report = merge_report(params, jnp.dtype(dtype))
     table = Table(title=f"rounding of the merged kernels to {dtype}")
     for column in ("kernel", "rounding / update", "update that passes"):
         table.add_column(column, justify="left" if column == "kernel" else "right")

@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.table import Table
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.types import Params
-from smoa_jax.checkpoint.base import abstract_base
-from smoa_jax.checkpoint.native.directory import read_adapter
-from smoa_jax.commands.tables import console, load
-from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectra
+from smoa_jax.checkpoint.base import abstract_base, open_base
+from smoa_jax.checkpoint.export.merged import MergedReader
+from smoa_jax.checkpoint.native.directory import open_adapter
+from smoa_jax.commands.tables import console
+from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectrum
+from smoa_jax.training.model import spectra_cache
+from smoa_jax.training.saved_adapter import adapter_directory
 
 
 def inspect(
     *,
     model: str,
     adapter: str = "",
+    checkpoint: str = "",
     rank: int = 32,
     num_subspaces: int = 2,
     partition: str = "spectral_blocks",
@@ -29,12 +31,15 @@ def inspect(
     target_modules: list[str] | str | None = None,
     layers: list[int] | int | None = None,
     plot: str = "",
+    spectra_cache_dir: str = "auto",
 ) -> int:
     """Show targets, counts and, for a trained adapter, the spectra of its updates.
 
     Args:
         model: Hugging Face directory or GGUF file.
-        adapter: Adapter directory; empty: what the options below would train.
+        adapter: Adapter directory, or a run's; empty: what the options below would train.
+        checkpoint: best, last or a step's number, of the run that adapter names or lies in; empty:
+            the adapter as it stands.
         rank: Total rank R.
         num_subspaces: M.
         partition: As in a run's adapter section.
@@ -42,18 +47,23 @@ def inspect(
         target_modules: Names, a regular expression, or all-linear; none: the papers' five.
         layers: Layers whose updates to show, one or a list; none: all.
         plot: PNG file for the singular values of the updates.
+        spectra_cache_dir: Where spectral bands are kept: auto, off or a directory.
     """
     if plot and not adapter:
         raise ValueError("got --plot without --adapter; expected a trained adapter to plot")
     if plot and Path(plot).suffix != ".png":
         raise ValueError(f"got --plot {plot}; expected a name that ends in .png")
+    if checkpoint and not adapter:
+        raise ValueError("got --checkpoint without --adapter; expected a run's directory there")
     abstract = abstract_base(model)
-    params: Params = {}
+    reader: MergedReader | None = None
     chosen = (layers,) if isinstance(layers, int) else tuple(layers or ())
     if adapter:
-        config = read_adapter(adapter).config
         _check_layers(chosen, abstract.config.num_layers)
-        _, params = load(model, adapter, jnp.float32)
+        base = open_base(model)
+        with adapter_directory(adapter, checkpoint, model) as directory:
+            params, config = open_adapter(directory, base.params, base_fingerprint=base.fingerprint)
+        reader = MergedReader(base, params, config, cache_dir=spectra_cache(spectra_cache_dir))
     else:
         options: dict[str, Any] = {"partition": partition, "modulation": modulation}
         if target_modules is not None:
@@ -71,8 +81,8 @@ def inspect(
     console.print(table)
     trained = sum(row.trainable for row in rows)
     console.print(f"trained {trained:,} of {total:,} base parameters: {trained / total:.3%}")
-    if adapter:
-        _show_updates(params, chosen, plot)
+    if reader is not None:
+        _show_updates(reader, chosen, plot)
     return 0
 
 
@@ -81,8 +91,12 @@ def _check_layers(layers: tuple[int, ...], depth: int) -> None:
         raise ValueError(f"got --layers {list(layers)}; expected indices from 0 to {depth - 1}")
 
 
-def _show_updates(params: Params, layers: tuple[int, ...], plot: str) -> None:
-    spectra = update_spectra(params, layers)
+def _show_updates(reader: MergedReader, layers: tuple[int, ...], plot: str) -> None:
+    with jax.default_device(jax.devices("cpu")[0]):
+        spectra = [
+            update_spectrum(found.name, found.layer, found.weight, found.modulation)
+            for found in reader.layers(layers)
+        ]
     table = Table(title="updates W' - W")
     for column in ("kernel", "layer", "rank", "norm / |W|", "largest", "median"):
         justify = "left" if column == "kernel" else "right"

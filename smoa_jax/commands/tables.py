@@ -1,17 +1,12 @@
-"""What several commands show or load alike."""
+"""What several commands show alike."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from smoa_jax.adapter.types import Params
-from smoa_jax.checkpoint.base import BaseModel, load_base
-from smoa_jax.checkpoint.native.directory import load_adapter
 from smoa_jax.training.run import Summary
 
 #: Where commands print.
@@ -36,14 +31,6 @@ def summary_table(summary: Summary) -> Table:
     if summary.skipped:
         table.add_row("steps skipped (not finite)", "", str(summary.skipped))
     return table
-
-
-def load(model: str, adapter: str, dtype: Any) -> tuple[BaseModel, Params]:
-    base = load_base(model, dtype)
-    if not adapter:
-        return base, base.params
-    params = load_adapter(adapter, base.params, base_fingerprint=base.fingerprint)
-    return dataclasses.replace(base, params={}), params
 
 
 def shown(value: float, form: str = "{:.4f}") -> str:

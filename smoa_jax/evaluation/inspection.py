@@ -15,7 +15,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.modulation import residual
 from smoa_jax.adapter.targets import find_targets
 from smoa_jax.adapter.tree import count_target, find_modulations
-from smoa_jax.adapter.types import Params
+from smoa_jax.adapter.types import Modulation, Params
 from smoa_jax.adapter.views import view_of
 
 #: Singular values below this share of the largest do not count towards a rank.
@@ -84,19 +84,24 @@ def update_spectra(params: Params, layers: Sequence[int] = ()) -> list[UpdateSpe
                 jax.tree.map(lambda leaf, i=layer: leaf[i], modulation) if stacked else modulation
             )
             weight = matrix[layer] if stacked else matrix
-            change = residual(weight, node)
-            values = np.asarray(jnp.linalg.svd(change, compute_uv=False))
-            norm = float(jnp.linalg.norm(weight.astype(jnp.float32)))
-            spectra.append(
-                UpdateSpectrum(
-                    name=name,
-                    layer=layer,
-                    singular_values=values,
-                    rank=int((values > RANK_TOLERANCE * values[0]).sum()) if values[0] else 0,
-                    relative_norm=float(np.linalg.norm(values)) / norm,
-                )
-            )
+            spectra.append(update_spectrum(name, layer, weight, node))
     return spectra
+
+
+def update_spectrum(
+    name: str, layer: int, weight: jax.Array | np.ndarray, modulation: Modulation
+) -> UpdateSpectrum:
+    """The spectrum of one layer's update, from its (I, O) weight and its own modulation."""
+    change = residual(jnp.asarray(weight), modulation)
+    values = np.asarray(jnp.linalg.svd(change, compute_uv=False))
+    norm = float(np.linalg.norm(np.asarray(weight, np.float32)))
+    return UpdateSpectrum(
+        name=name,
+        layer=layer,
+        singular_values=values,
+        rank=int((values > RANK_TOLERANCE * values[0]).sum()) if values[0] else 0,
+        relative_norm=float(np.linalg.norm(values)) / norm,
+    )
 
 
 def plot_spectra(spectra: Sequence[UpdateSpectrum], path: str | Path) -> None:

@@ -7,23 +7,17 @@ checkpoint is written to a temporary place, so that every reader of adapters is 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.targets import replaced
-from smoa_jax.adapter.tree import find_modulations
-from smoa_jax.adapter.types import SMOA_KEY, Params
 from smoa_jax.checkpoint.base import abstract_base
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.native.directory import CONFIG_FILE, save_adapter
-from smoa_jax.checkpoint.native.leaves import abstract_adapter
+from smoa_jax.checkpoint.native.leaves import attach_leaves
 from smoa_jax.training.checkpoints import TrainingCheckpoints
 from smoa_jax.training.directory import RunDirectory
 
@@ -73,7 +67,7 @@ def write_checkpoint_adapter(
     config = SmoaConfig(**identity.adapter_config)
     base = abstract_base(model)
     return save_adapter(
-        _filled(abstract_adapter(base.params, config), leaves),
+        attach_leaves(base.params, config, leaves),
         config,
         directory,
         base_fingerprint=identity.base_fingerprint,
@@ -124,13 +118,3 @@ def _step(checkpoints: TrainingCheckpoints, checkpoint: str) -> int | None:
     if not checkpoint.isdigit():
         raise ValueError(f"got --checkpoint {checkpoint}; expected best, last or a step's number")
     return int(checkpoint)
-
-
-def _filled(abstract: Params, leaves: Mapping[str, Any]) -> Params:
-    """An abstract adapted tree with the stored leaves of its modulations."""
-    params = abstract
-    for path, node, _ in find_modulations(abstract).values():
-        names = {field.name: "/".join((*path, field.name)) for field in dataclasses.fields(node)}
-        fields = {field: jnp.asarray(leaves[n]) for field, n in names.items() if n in leaves}
-        params = replaced(params, (*path, SMOA_KEY), dataclasses.replace(node, **fields))
-    return params

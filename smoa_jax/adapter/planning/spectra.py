@@ -114,11 +114,15 @@ def plan_spectra(
         for layer, selected in enumerate(target.selected)
         if selected
     ]
-    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None, cuts)
-    own = _plan_share(jobs, planner, progress)
+    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
+
+    def plan(job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
+        return planner.layer(fetch(), job.name, _known_cuts(cuts, job), device)
+
+    own = _plan_share(jobs, plan, progress)
     stacks = {t.name: _Stack(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     for number, job in enumerate(jobs):
-        like = _layer_structs(job.target, job.kernel.dtype, config)
+        like = _layer_structs(job.target.matrix_shape[-2:], job.kernel.dtype, config)
         owner = number % jax.process_count()
         result = share_result(own.pop(number, None), like, owner)
         stacks[job.target.name].put(job.layer, result)
@@ -172,7 +176,9 @@ class _Job:
 
 
 def _plan_share(
-    jobs: Sequence[_Job], planner: _Planner, progress: Progress | None
+    jobs: Sequence[_Job],
+    plan: Callable[[_Job, Callable[[], Any], Any], Result],
+    progress: Progress | None,
 ) -> dict[int, Result]:
     """The results of every n-th job, n processes in all, layers in parallel.
 
@@ -214,7 +220,7 @@ def _plan_share(
                     fetch = functools.partial(np.asarray, matrix)
                 if mine:
                     device = devices[number // count % len(devices)]
-                    pending[pool.submit(planner.layer, job, fetch, device)] = number
+                    pending[pool.submit(plan, job, fetch, device)] = number
             try:
                 if error is None:
                     settle(0)
@@ -230,40 +236,32 @@ def _plan_share(
 class _Planner:
     """Decomposes single layers, or finds them in the cache."""
 
-    def __init__(self, config: SmoaConfig, cache_dir: Path | None, cuts: Mapping[str, Any] | None):
+    def __init__(self, config: SmoaConfig, cache_dir: Path | None):
         self._config = config
         self._cache_dir = cache_dir
-        self._cuts = cuts
 
-    def layer(self, job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
-        matrix = fetch()
-        cuts = self._known_cuts(job)
-        entries = self._entries(job, matrix, cuts)
+    def layer(self, weight: Any, name: str, cuts: list[int] | None, device: Any) -> Result:
+        """What the partition needs of one (I, O) weight; with ``cuts``, its bands between them."""
+        entries = self._entries(weight, name, cuts)
         for entry in entries:
             found = entry.read()
             if found is not None and (cuts is None or cuts == found["cuts"].tolist()):
                 return found
-        matrix = jax.device_put(matrix, device)
+        matrix = jax.device_put(weight, device)
         if not bool(jnp.isfinite(matrix).all()):
             raise ValueError(
-                f"got values that are not finite in {job.name}; expected finite weights; check the "
+                f"got values that are not finite in {name}; expected finite weights; check the "
                 "checkpoint"
             )
         if self._config.has_blocks:
             result = {k: np.asarray(v) for k, v in layer_scores(matrix).items()}
         else:
-            result = layer_bands(matrix, self._config.num_subspaces, job.name, cuts)
+            result = layer_bands(matrix, self._config.num_subspaces, name, cuts)
         for entry in entries[-1:]:
             entry.write(result)
         return result
 
-    def _known_cuts(self, job: _Job) -> list[int] | None:
-        if self._cuts is None:
-            return None
-        cuts = np.asarray(self._cuts[job.target.name])
-        return [int(cut) for cut in (cuts[job.layer] if job.target.leading else cuts)]
-
-    def _entries(self, job: _Job, matrix: Any, cuts: list[int] | None) -> list[CacheEntry]:
+    def _entries(self, weight: Any, name: str, cuts: list[int] | None) -> list[CacheEntry]:
         """Where the result may lie; the last is its own place.
 
         Bands of known cuts are kept apart: they needn't be those that this host would cut.
@@ -274,9 +272,40 @@ class _Planner:
         if not self._config.has_blocks:  # scores serve any number of blocks, bands do not
             kind = (*kind, self._config.num_subspaces)
         kinds = [kind] if cuts is None else [kind, (*kind, *cuts)]
-        like = _layer_structs(job.target, job.kernel.dtype, self._config)
-        weight = np.asarray(matrix)
-        return [CacheEntry(self._cache_dir, weight, kind, like, job.name) for kind in kinds]
+        matrix = np.asarray(weight)
+        like = _layer_structs(matrix.shape, matrix.dtype, self._config)
+        return [CacheEntry(self._cache_dir, matrix, kind, like, name) for kind in kinds]
+
+
+def layer_bands_of(
+    weight: np.ndarray,
+    config: SmoaConfig,
+    name: str,
+    *,
+    cuts: Any,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Result:
+    """The fields of ``BandParts`` of one (I, O) weight, of which the cuts are known.
+
+    Args:
+        weight: On the host.
+        config: Whose number of subspaces matters.
+        name: Of the kernel, for errors.
+        cuts: First singular indices of bands 2..M.
+        cache_dir: As for ``plan_spectra``.
+
+    Raises:
+        ValueError: for cuts that this weight cannot have, or values that are not finite.
+    """
+    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
+    return planner.layer(weight, name, [int(cut) for cut in np.asarray(cuts)], None)
+
+
+def _known_cuts(cuts: Mapping[str, Any] | None, job: _Job) -> list[int] | None:
+    if cuts is None:
+        return None
+    found = np.asarray(cuts[job.target.name])
+    return [int(cut) for cut in (found[job.layer] if job.target.leading else found)]
 
 
 def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
@@ -289,10 +318,10 @@ def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
 
 
 def _layer_structs(
-    target: Target, dtype: Any, config: SmoaConfig
+    shape: tuple[int, ...], dtype: Any, config: SmoaConfig
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the result of one layer looks like."""
-    inputs, outputs = target.matrix_shape[-2:]
+    """What the result of one (I, O) layer looks like."""
+    inputs, outputs = shape
     subspaces = config.num_subspaces
     if config.has_blocks:
         shapes = {"inputs": (inputs,), "outputs": (outputs,)}
@@ -311,7 +340,7 @@ def _layer_structs(
 def _abstract(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
     fields = {
         name: jax.ShapeDtypeStruct((*target.leading, *struct.shape), struct.dtype)
-        for name, struct in _layer_structs(target, kernel.dtype, config).items()
+        for name, struct in _layer_structs(target.matrix_shape[-2:], kernel.dtype, config).items()
     }
     return BlockScores(**fields) if config.has_blocks else BandParts(**fields)
 

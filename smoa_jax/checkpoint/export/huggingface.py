@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from smoa_jax.checkpoint.assemble import TensorReader
 from smoa_jax.checkpoint.directories import replaced_directory
 from smoa_jax.checkpoint.errors import listed
 from smoa_jax.checkpoint.export.model_files import (
@@ -76,6 +77,66 @@ def export_huggingface(
     Returns:
         The directory.
     """
+    leaves = flatten_tree(params)
+    return _export(
+        functools.partial(_from_tree, leaves),
+        check_params(params, config),
+        config,
+        directory,
+        dtype=dtype,
+        hf_config=hf_config,
+        generation_config=generation_config,
+        tokenizer=tokenizer,
+        tokenizer_files=tokenizer_files,
+        multimodal_source=multimodal_source,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def export_stored(
+    reader: TensorReader,
+    slots: Mapping[str, TensorSlot],
+    config: DecoderConfig,
+    directory: str | Path,
+    **settings: Any,
+) -> Path:
+    """``export_huggingface`` of a checkpoint on disk, of which no more is read than is written.
+
+    >>> export_stored(MergedReader(base, params, adapter_config), base.slots, base.config, "merged",
+    ...               dtype=jnp.float32, hf_config=base.hf_config, tokenizer=tokenizer)
+
+    Memory: one output file, so ``max_shard_bytes`` or one tensor if that is larger.
+
+    Args:
+        reader: The tensors under their Hugging Face names.
+        slots: Those to write.
+        config: Of the decoder.
+        directory: To be made.
+        settings: The other arguments of ``export_huggingface``.
+    """
+
+    def read(slot: TensorSlot) -> np.ndarray:
+        return reader.read(slot.name, tuple(slice(0, size) for size in slot.shape))
+
+    return _export(read, slots, config, directory, **settings)
+
+
+def _export(
+    read: Callable[[TensorSlot], np.ndarray],
+    slots: Mapping[str, TensorSlot],
+    config: DecoderConfig,
+    directory: str | Path,
+    *,
+    dtype: DTypeLike,
+    hf_config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    tokenizer: TokenizerWriter | None = None,
+    tokenizer_files: Sequence[str | Path] = (),
+    multimodal_source: str | Path | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    overwrite: bool = False,
+) -> Path:
     target = Path(directory).expanduser()
     if max_shard_bytes < 1:
         raise ValueError(f"got max_shard_bytes {max_shard_bytes}; expected at least 1")
@@ -91,8 +152,7 @@ def export_huggingface(
         tokenizer_files=tokenizer_files,
         reserved=(INDEX_FILE, SINGLE_FILE),
     )
-    slots = check_params(params, config)
-    pieces = _pieces(params, slots, np.dtype(jnp.dtype(dtype)), whole)
+    pieces = _pieces(read, slots, np.dtype(jnp.dtype(dtype)), whole)
     with replaced_directory(
         target, marker=CONFIG_FILE, what="an exported model", overwrite=overwrite
     ) as draft:
@@ -123,13 +183,12 @@ def _open_whole(hf_config: Mapping[str, Any] | None, source: str | Path | None) 
 
 
 def _pieces(
-    params: Mapping[str, Any],
+    read: Callable[[TensorSlot], np.ndarray],
     slots: Mapping[str, TensorSlot],
     dtype: np.dtype,
     whole: TextPart | None,
 ) -> list[_Piece]:
     """All tensors in the order of the files: the decoder's, then those that are copied."""
-    leaves = flatten_tree(params)
     absent = [] if whole is None else [name for name in slots if name not in whole.stored_names]
     if whole is not None and absent:
         raise ValueError(
@@ -144,7 +203,7 @@ def _pieces(
                 name=name if whole is None else whole.stored_names[name],
                 num_values=count,
                 num_bytes=count * dtype.itemsize,
-                make=functools.partial(_tensor, leaves, slot, dtype),
+                make=functools.partial(_tensor, read, slot, dtype),
             )
         )
     if whole is None:
@@ -192,8 +251,15 @@ def _plan_shards(pieces: Sequence[_Piece], max_shard_bytes: int) -> list[list[_P
     return shards
 
 
-def _tensor(leaves: Mapping[Any, Any], slot: TensorSlot, dtype: np.dtype) -> np.ndarray:
+def _tensor(
+    read: Callable[[TensorSlot], np.ndarray], slot: TensorSlot, dtype: np.dtype
+) -> np.ndarray:
     """One tensor in the order and dtype of the disk, in memory of its own."""
+    return np.array(read(slot), dtype=dtype, order="C")
+
+
+def _from_tree(leaves: Mapping[Any, Any], slot: TensorSlot) -> np.ndarray:
+    """One tensor of a params tree, as laid out on disk."""
     array = leaves[slot.path]
     values = np.asarray(array if slot.layer is None else array[slot.layer])
-    return np.array(values.T if slot.transpose else values, dtype=dtype, order="C")
+    return values.T if slot.transpose else values

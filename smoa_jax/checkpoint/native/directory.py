@@ -33,6 +33,7 @@ from smoa_jax.checkpoint.directories import replaced_directory
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.native.leaves import (
     adapter_leaves,
+    attach_leaves,
     check_leaves,
     count_parameters,
     restore_adapter,
@@ -157,6 +158,45 @@ def load_adapter(
         CheckpointError: for another base, or for a directory that is damaged or incomplete.
     """
     source = Path(directory).expanduser()
+    description, tensors = _read(source, base_fingerprint, force=force)
+    leaves = {name: jnp.asarray(value) for name, value in tensors.items()}
+    try:
+        return restore_adapter(
+            base_params, description.config, leaves, cache_dir=cache_dir, progress=progress
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def open_adapter(
+    directory: str | Path, base_params: Params, *, base_fingerprint: str
+) -> tuple[Params, SmoaConfig]:
+    """A saved adapter on the host beside an abstract base, and its configuration.
+
+    For what needs no weights, or reads them by itself: the bands of a spectrum stay abstract.
+
+    >>> params, config = open_adapter("my-adapter", base.params, base_fingerprint=base.fingerprint)
+
+    Args:
+        directory: As ``save_adapter`` wrote it.
+        base_params: Of the base model, abstract.
+        base_fingerprint: Of the base model; another one than the adapter's is refused.
+
+    Raises:
+        CheckpointError: as ``load_adapter``.
+    """
+    source = Path(directory).expanduser()
+    description, leaves = _read(source, base_fingerprint, force=False)
+    try:
+        return attach_leaves(base_params, description.config, leaves), description.config
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _read(
+    source: Path, base_fingerprint: str, *, force: bool
+) -> tuple[AdapterDescription, dict[str, np.ndarray]]:
+    """What an adapter says of itself, and its tensors as the tree holds them."""
     description = read_adapter(source)
     if description.base_fingerprint != base_fingerprint and not force:
         raise CheckpointError(
@@ -166,13 +206,7 @@ def load_adapter(
             "load it onto another all the same)"
         )
     tensors = _read_tensors(source / TENSORS_FILE, description.sha256)
-    leaves = {name: jnp.asarray(_from_file(name, value)) for name, value in tensors.items()}
-    try:
-        return restore_adapter(
-            base_params, description.config, leaves, cache_dir=cache_dir, progress=progress
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    return description, {name: _from_file(name, value) for name, value in tensors.items()}
 
 
 def read_adapter(directory: str | Path) -> AdapterDescription:

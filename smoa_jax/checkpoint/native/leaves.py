@@ -70,6 +70,20 @@ def adapter_leaves(params: Params) -> Leaves:
     return dict(sorted(leaves.items()))
 
 
+def attach_leaves(base_params: Params, config: SmoaConfig, leaves: Mapping[str, Any]) -> Params:
+    """Stored leaves beside an abstract base: an adapted tree of which only the adapter is there.
+
+    Raises:
+        CheckpointError: as ``check_leaves``.
+    """
+    check_leaves(base_params, config, leaves)
+    params = abstract_adapter(base_params, config)
+    for path, node, _ in find_modulations(params).values():
+        fields = {name: leaves["/".join((*path, name))] for name in _stored_fields(node)}
+        params = replaced(params, (*path, SMOA_KEY), dataclasses.replace(node, **fields))
+    return params
+
+
 def abstract_adapter(base_params: Params, config: SmoaConfig) -> Params:
     """The adapted tree with ``ShapeDtypeStruct`` leaves; computes nothing."""
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base_params)
