@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from smoa_jax.checkpoint.assemble import TensorReader, assemble, check_tensors, fingerprint
+from smoa_jax.checkpoint.directories import put_back
 from smoa_jax.checkpoint.errors import CheckpointError, listed
 from smoa_jax.checkpoint.huggingface.config import config_from_hf, is_multimodal
 from smoa_jax.checkpoint.huggingface.directory import (
@@ -151,6 +152,7 @@ def _describe(found: Path, dtype: DTypeLike) -> tuple[AbstractBase, GgufFile | N
 def _locate(path: str | Path, *, weights: bool) -> Path:
     """A directory with a config.json, or a GGUF file."""
     found = Path(path).expanduser()
+    put_back(found)
     if found.is_dir():
         if (found / CONFIG_FILE).is_file():
             return found

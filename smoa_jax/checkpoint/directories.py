@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ def check_target(
         CheckpointError: if the directory is occupied.
     """
     target = target.expanduser().absolute()
+    put_back(target)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if not occupied:
         return False
@@ -48,6 +50,21 @@ def check_target(
             "another directory or empty this one yourself"
         )
     return True
+
+
+def put_back(target: Path) -> None:
+    """Undo a replacement that a kill cut short between its two renames.
+
+    What stood at ``target`` then lies beside it, whole, under a hidden name. Readers and writers
+    call this before they look; where nothing was cut short it does nothing.
+    """
+    target = target.expanduser().absolute()
+    if target.exists():
+        return
+    aside = sorted(target.parent.glob(f".{target.name}.old-*"))
+    if aside:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            aside[-1].rename(target)
 
 
 def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
@@ -67,6 +84,9 @@ def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
 @contextmanager
 def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool) -> Iterator[Path]:
     """A draft directory beside ``target`` that takes its place if all goes well.
+
+    Killed at any moment, the old directory or the new one can be had: at ``target``, or, between
+    the two renames of a replacement, by ``put_back``.
 
     Args:
         target: Made, with its parents; refused if it holds anything, unless ``overwrite``.

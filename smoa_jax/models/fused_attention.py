@@ -21,7 +21,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.models.attention import FusedAttention, segment_mask
 from smoa_jax.models.config import DecoderConfig
-
-#: Ways to attend, as a configuration names them.
-AttentionName: TypeAlias = Literal["auto", "xla", "splash", "cudnn"]
+from smoa_jax.models.options import AttentionName
 
 #: Width of a TPU's registers; splash attention's blocks are multiples of it.
 LANES = 128

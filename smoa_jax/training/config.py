@@ -13,8 +13,7 @@ from typing import Literal, get_args
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.data.config import DataConfig
 from smoa_jax.evaluation.answers import check_task
-from smoa_jax.models.decoder import REMAT_POLICIES
-from smoa_jax.models.fused_attention import AttentionName
+from smoa_jax.models.options import REMAT_NAMES, AttentionName
 from smoa_jax.sharding.mesh import MeshConfig
 from smoa_jax.sharding.processes import DistributedConfig
 from smoa_jax.sharding.rules import DECODER_RULES, parse_rule
@@ -35,7 +34,7 @@ class ModelConfig:
         path: Hugging Face directory, GGUF file, or a name on the hub.
         dtype: Of the weights in memory; ``auto`` is float32 on CPU and bfloat16 elsewhere.
         compute_dtype: Of activations; ``auto`` likewise.
-        remat: What a layer keeps for its backward pass, by name: one of ``REMAT_POLICIES``.
+        remat: What a layer keeps for its backward pass, by name: one of ``REMAT_NAMES``.
         attention: Of whole sequences: ``xla``, everywhere; ``splash``, on a TPU; ``cudnn``, on an
             NVIDIA GPU; ``auto`` takes what devices, model and row lengths are fit for.
         sharding_rules: Path pattern -> mesh axis of each dimension; empty: the decoder's own.
@@ -59,9 +58,9 @@ class ModelConfig:
                 raise ValueError(
                     f"got model.{name}={getattr(self, name)!r}; expected auto, float32 or bfloat16"
                 )
-        if self.remat not in REMAT_POLICIES:
+        if self.remat not in REMAT_NAMES:
             raise ValueError(
-                f"got model.remat={self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}"
+                f"got model.remat={self.remat!r}; expected one of {', '.join(REMAT_NAMES)}"
             )
         if self.attention not in get_args(AttentionName):
             raise ValueError(

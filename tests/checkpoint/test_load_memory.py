@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +17,6 @@ import pytest
 from tests.checkpoint.hf_files import CONFIG, llama_tensors, write_directory
 from tests.processes import run_processes
 
-PROGRAM = Path(__file__).with_name("load_memory.py")
 ROOT = Path(__file__).parents[2]
 #: Kernels of 6 MiB a layer in float32 and little else, so that stacks are large beside the noise.
 WIDE = {
@@ -38,15 +38,18 @@ def anonymous_bytes(pid: int) -> int:
     return int(match.group(1)) * 1024
 
 
-def peak_of_loading(directory: Path, dtype: str, layout: str) -> dict[str, int]:
-    """Bytes: the peak over what was there before, the arrays, the largest shard of a stack."""
+def peak_of(program: str, arguments: Sequence[object]) -> tuple[int, str]:
+    """Bytes of a program's peak over what was there when it was ``ready``, and what it says then.
+
+    The program prints ``ready``, waits for a line, works, prints a line and waits again.
+    """
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     child = subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(directory), dtype, layout],
+        [sys.executable, str(Path(__file__).parent / program), *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -58,21 +61,27 @@ def peak_of_loading(directory: Path, dtype: str, layout: str) -> dict[str, int]:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         start = peak = anonymous_bytes(child.pid)
-        loaded = threading.Event()
+        finished = threading.Event()
 
         def watch() -> None:
             nonlocal peak
-            while not loaded.is_set():
+            while not finished.is_set():
                 peak = max(peak, anonymous_bytes(child.pid))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         print("go", file=child.stdin, flush=True)
         outcome = child.stdout.readline()
-        loaded.set()
+        finished.set()
         watcher.join()
         print("stop", file=child.stdin, flush=True)
-    return {"peak": peak - start, **json.loads(outcome)}
+    return peak - start, outcome
+
+
+def peak_of_loading(directory: Path, dtype: str, layout: str) -> dict[str, int]:
+    """Bytes: the peak over what was there before, the arrays, the largest shard of a stack."""
+    peak, outcome = peak_of("load_memory.py", [directory, dtype, layout])
+    return {"peak": peak, **json.loads(outcome)}
 
 
 @pytest.fixture(scope="module")

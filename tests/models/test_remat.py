@@ -9,6 +9,7 @@ import pytest
 
 from smoa_jax.adapter.types import is_modulation
 from smoa_jax.models.decoder import REMAT_POLICIES, Decoder
+from smoa_jax.models.options import REMAT_NAMES
 from tests.models import tiny
 
 #: Two tokens make every activation smaller than the smallest kernel, k_proj's 20 * 8.
@@ -46,6 +47,10 @@ def with_factors(params, factors):
         return type(node)(**{**vars(node), "a": a, "b": b})
 
     return jax.tree.map(swap, params, is_leaf=is_modulation)
+
+
+def test_a_configuration_can_name_every_policy_and_no_other():
+    assert set(REMAT_NAMES) == set(REMAT_POLICIES)
 
 
 @pytest.mark.parametrize("remat", sorted(REMAT_POLICIES))

@@ -29,7 +29,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.planning.spectra import Progress
 from smoa_jax.adapter.tree import strip_smoa
 from smoa_jax.adapter.types import Params
-from smoa_jax.checkpoint.directories import replaced_directory
+from smoa_jax.checkpoint.directories import put_back, replaced_directory
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.native.leaves import (
     adapter_leaves,
@@ -215,6 +215,7 @@ def read_adapter(directory: str | Path) -> AdapterDescription:
     Raises:
         CheckpointError: if the directory is none of ours, or its format is another.
     """
+    put_back(Path(directory))
     path = Path(directory).expanduser() / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(

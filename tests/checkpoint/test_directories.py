@@ -1,0 +1,82 @@
+"""A directory is replaced as a whole, whatever moment the process dies at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smoa_jax.checkpoint.directories import check_target, put_back, replaced_directory
+from smoa_jax.checkpoint.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+#: Replaces ``target`` and is killed after so many renames.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from smoa_jax.checkpoint.directories import replaced_directory
+
+target, renames = Path(sys.argv[1]), int(sys.argv[2])
+original, done = Path.rename, 0
+
+def rename(self, to):
+    global done
+    if done == renames:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done += 1
+    return original(self, to)
+
+Path.rename = rename
+with replaced_directory(target, marker="mark", what="a thing", overwrite=True) as draft:
+    (draft / "mark").write_text("new")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def target(tmp_path):
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing" / "mark").write_text("old")
+    return tmp_path / "thing"
+
+
+def killed_after(target, renames):
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(target), str(renames)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("renames", "expected"), [(0, "old"), (1, "old"), (2, "new")])
+def test_a_kill_at_any_rename_leaves_one_whole_directory_to_be_found(target, renames, expected):
+    killed_after(target, renames)
+    assert target.exists() == (renames != 1)
+    put_back(target)
+    assert (target / "mark").read_text() == expected
+    put_back(target)
+    assert (target / "mark").read_text() == expected
+
+
+def test_whoever_writes_next_finds_it_occupied_and_may_replace_it(target):
+    killed_after(target, 1)
+    with pytest.raises(CheckpointError, match="already exists"):
+        check_target(target, marker="mark", what="a thing", overwrite=False)
+    with replaced_directory(target, marker="mark", what="a thing", overwrite=True) as draft:
+        (draft / "mark").write_text("newer")
+    assert (target / "mark").read_text() == "newer"
+    assert not list(target.parent.glob(".thing.old-*"))
+
+
+def test_what_lies_beside_another_name_is_left_alone(tmp_path):
+    aside = tmp_path / ".other.old-1234"
+    aside.mkdir()
+    put_back(tmp_path / "thing")
+    assert aside.exists()
+    assert not (tmp_path / "thing").exists()
