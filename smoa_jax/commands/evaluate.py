@@ -10,7 +10,7 @@ from smoa_jax.adapter.tree import strip_smoa
 from smoa_jax.checkpoint.base import abstract_base
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter
 from smoa_jax.commands.tables import console, shown
-from smoa_jax.data.config import Data, build_data
+from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.processes import initialize, is_first, together
 from smoa_jax.training.checks import check_data, describe_data

@@ -9,6 +9,7 @@ import jax
 
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter
 from smoa_jax.commands.tables import console
+from smoa_jax.data.config import TemplateName
 from smoa_jax.data.encode import encode_prompt
 from smoa_jax.data.templates import make_template
 from smoa_jax.data.tokenizer import load_tokenizer, special_ids
@@ -28,7 +29,7 @@ def generate(
     prompt: list[str],
     adapter: str = "",
     checkpoint: str = "",
-    template: Literal["auto", "alpaca", "chat", "plain"] = "auto",
+    template: Literal["auto"] | TemplateName = "auto",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,

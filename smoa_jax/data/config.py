@@ -1,22 +1,14 @@
-"""The data's configuration, and the way from it to batches and questions."""
+"""The data's configuration; ``build.py`` makes batches and questions of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
-from transformers import PreTrainedTokenizerFast
+from smoa_jax.data.arithmetic import ArithmeticTask
 
-from smoa_jax.data.arithmetic import ArithmeticTask, arithmetic_rows
-from smoa_jax.data.encode import Questions, encode_questions, encode_rows
-from smoa_jax.data.identity import data_identity
-from smoa_jax.data.packing import plan_rows
-from smoa_jax.data.pipeline import ExamplesIndex, TrainStream
-from smoa_jax.data.reasoning import reasoning_rows
-from smoa_jax.data.rows import AnyRow
-from smoa_jax.data.sources import drop_overlap, read_rows, split_rows
-from smoa_jax.data.templates import make_template
+#: What a prompt may be put into; ``templates.py`` makes each.
+TemplateName: TypeAlias = Literal["alpaca", "chat", "plain"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +41,10 @@ class TaskConfig:
             )
         if self.seed < 0:
             raise ValueError(f"got data task seed {self.seed}; expected 0 or more")
+
+    def arithmetic(self) -> ArithmeticTask:
+        """What the source ``arithmetic`` generates."""
+        return ArithmeticTask(name=self.name, digits=self.digits, terms=self.terms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +79,7 @@ class DataConfig:
     eval_fraction: float = 0.0
     on_bad_row: Literal["error", "skip"] = "error"
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
-    template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    template: TemplateName = "alpaca"
     max_length: int = 256
     response_only: bool = True
     pack: bool = False
@@ -94,7 +90,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("source", self.source, ("files", "arithmetic", "reasoning_gym"))
         _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
-        _one_of("template", self.template, ("alpaca", "chat", "plain"))
+        _one_of("template", self.template, get_args(TemplateName))
         for name in ("train_limit", "eval_limit", "eval_rows", "seed", "prefetch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"got data.{name}={getattr(self, name)}; expected 0 or more")
@@ -116,136 +112,7 @@ class DataConfig:
                 f"got data files with data.source={self.source}; expected source files; set it"
             )
         if self.source == "arithmetic":
-            _arithmetic_task(self.task)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """What training and evaluation read.
-
-    Attributes:
-        train: Training rows; ``train_stream`` makes batches of them.
-        eval: Held-out rows for the loss, for ``eval_batches``; ``None`` without held-out rows.
-        questions: Held-out prompts and reference answers, for generation; maybe none.
-        counts: Per split, what was read, dropped and cut.
-        identity: Digests of the rows and of their files (``data_identity``).
-    """
-
-    config: DataConfig
-    train: ExamplesIndex
-    eval: ExamplesIndex | None
-    questions: Questions
-    counts: dict[str, dict[str, int]]
-    identity: dict[str, Any]
-
-    def train_stream(
-        self, batch_size: int, *, process_index: int = 0, process_count: int = 1
-    ) -> TrainStream:
-        """An endless stream of training batches from the start; ``restore`` moves it."""
-        return TrainStream(
-            self.train,
-            batch_size,
-            self.config.seed,
-            process_index=process_index,
-            process_count=process_count,
-            prefetch=self.config.prefetch,
-        )
-
-
-def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
-    """Reads or generates the rows of ``config``, tokenises them and plans their batches.
-
-    Raises:
-        ValueError: Bad files, rows or settings; the message says which.
-    """
-    template = make_template(config.template, tokenizer)
-    train_rows, eval_rows, read_counts = load_rows(config)
-
-    def encode(rows: list[AnyRow]) -> ExamplesIndex:
-        examples = encode_rows(
-            rows,
-            template,
-            tokenizer,
-            max_length=config.max_length,
-            response_only=config.response_only,
-            on_bad_row=config.on_bad_row,
-        )
-        plan = plan_rows(
-            examples, max_length=config.max_length, pack=config.pack, buckets=config.buckets
-        )
-        return ExamplesIndex(examples=examples, plan=plan)
-
-    train = encode(train_rows)
-    held_out = encode(eval_rows) if eval_rows else None
-    questions = encode_questions(
-        eval_rows,
-        template,
-        tokenizer,
-        max_length=config.max_length,
-        on_bad_row=config.on_bad_row,
-    )
-    counts = {"read": dict(read_counts), "train": dict(train.examples.counts)}
-    counts["train"]["batch_rows"] = len(train)
-    counts["train"]["response_tokens"] = int(train.examples.trained.sum())
-    if held_out is not None:
-        counts["eval"] = dict(held_out.examples.counts)
-    identity = data_identity(
-        train.examples,
-        None if held_out is None else held_out.examples,
-        [*config.train_files, *config.eval_files],
-    )
-    return Data(
-        config=config,
-        train=train,
-        eval=held_out,
-        questions=questions,
-        counts=counts,
-        identity=identity,
-    )
-
-
-def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[str]]:
-    """Training and held-out rows without a common question, and counts of what was dropped."""
-    task = config.task
-    if config.source == "arithmetic":
-        return arithmetic_rows(
-            _arithmetic_task(task),
-            train_rows=task.train_rows,
-            eval_rows=task.eval_rows,
-            seed=task.seed,
-        )
-    if config.source == "reasoning_gym":
-        return reasoning_rows(
-            task.name,
-            task.options,
-            train_rows=task.train_rows,
-            eval_rows=task.eval_rows,
-            seed=task.seed,
-        )
-    rows, counts = read_rows(
-        config.train_files, on_bad_row=config.on_bad_row, limit=config.train_limit
-    )
-    if config.eval_files:
-        held_out, eval_counts = read_rows(
-            config.eval_files, on_bad_row=config.on_bad_row, limit=config.eval_limit
-        )
-        held_out, overlap = drop_overlap(rows, held_out)
-        counts["bad_rows_in_eval"] = eval_counts["bad_rows"]
-        counts.update(overlap)
-        return rows, held_out, counts
-    wanted = config.eval_rows or round(config.eval_fraction * len(rows))
-    if config.eval_fraction and not wanted:
-        raise ValueError(
-            f"got data.eval_fraction={config.eval_fraction} of {len(rows)} rows, which is none; "
-            "expected at least one row; raise it or set eval_rows"
-        )
-    train, held_out, overlap = split_rows(rows, eval_rows=wanted, seed=config.seed)
-    counts.update(overlap)
-    return train, held_out, counts
-
-
-def _arithmetic_task(task: TaskConfig) -> ArithmeticTask:
-    return ArithmeticTask(name=task.name, digits=task.digits, terms=task.terms)
+            self.task.arithmetic()
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

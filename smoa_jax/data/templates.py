@@ -14,15 +14,16 @@ tokenising prompt and response in one go may merge across the seam.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, get_args
 
 from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.data.chat import render_chat, turn_shape
+from smoa_jax.data.config import TemplateName
 from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row
 
 #: Names that ``make_template`` knows.
-TEMPLATES = ("alpaca", "chat", "plain")
+TEMPLATES = get_args(TemplateName)
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from smoa_jax.checkpoint.directories import check_apart
-from smoa_jax.data.config import Data
+from smoa_jax.data.build import Data
 from smoa_jax.evaluation.scoring import check_questions
 from smoa_jax.sharding.mesh import check_batch
 from smoa_jax.training.config import RunConfig

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from smoa_jax.adapter.tree import partition
 from smoa_jax.adapter.types import Params
-from smoa_jax.data.config import Data
+from smoa_jax.data.build import Data
 from smoa_jax.data.pipeline import ExamplesIndex, eval_batches
 from smoa_jax.evaluation.scoring import Answers, answer_questions
 from smoa_jax.sharding.mesh import put_batch, rows_for_mesh

@@ -17,7 +17,7 @@ import jax
 from smoa_jax.adapter.tree import count_trainable, strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import abstract_base
-from smoa_jax.data.config import Data, build_data
+from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.identity import check_identity
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.processes import batch_share, initialize, together

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from smoa_jax.data.config import DataConfig, TaskConfig, build_data
+from smoa_jax.data.build import build_data
+from smoa_jax.data.config import DataConfig, TaskConfig
 from smoa_jax.data.pipeline import eval_batches
 
 PAPER_DATA = Path(

@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from smoa_jax.data.config import DataConfig, build_data
+from smoa_jax.data.build import build_data
+from smoa_jax.data.config import DataConfig
 from smoa_jax.data.encode import Examples
 from smoa_jax.data.identity import check_identity, data_identity, examples_digest
 from smoa_jax.data.packing import plan_rows
