@@ -1,0 +1,107 @@
+"""Counts by formula, spectra by a dense decomposition of what the merge changes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.merge import merge_smoa
+from smoa_jax.adapter.tree import apply_smoa
+from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectra
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A stack of three layers and one kernel alone, of other sizes."""
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "layers": {"q_proj": {"kernel": jax.random.normal(keys[0], (3, 17, 12))}},
+        "v_proj": {"kernel": jax.random.normal(keys[1], (10, 13))},
+    }
+
+
+def adapted(base, config):
+    """With B of ones, so that every selected layer has an update."""
+    params = apply_smoa(base, config, jax.random.key(1))
+    for module in (params["layers"]["q_proj"], params["v_proj"]):
+        node = module["smoa"]
+        module["smoa"] = dataclasses.replace(node, b=jnp.ones_like(node.b))
+    return params
+
+
+CONFIGS = {
+    "blocks": SmoaConfig(rank=5, num_subspaces=2, target_modules=["q_proj", "v_proj"]),
+    "bands": SmoaConfig(
+        rank=5, num_subspaces=2, partition="spectral_bands", target_modules=["q_proj", "v_proj"]
+    ),
+    "lora": SmoaConfig.lora(3, target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_counts_follow_the_ranks_of_the_subspaces(base, kind):
+    # Blocks of 17 x 12: (9, 6) and (8, 6) with ranks 3 and 2; of 10 x 13: (5, 7) and (5, 6).
+    expected = {
+        "blocks": [3 * (3 * (9 + 6) + 2 * (8 + 6)), 3 * (5 + 7) + 2 * (5 + 6)],
+        "bands": [3 * 5 * (17 + 12), 5 * (10 + 13)],
+        "lora": [3 * 3 * (17 + 12), 3 * (10 + 13)],
+    }[kind]
+    rows = target_rows(base, CONFIGS[kind])
+    assert [row.trainable for row in rows] == expected
+    assert [(row.name, row.layers, row.shape) for row in rows] == [
+        ("layers.q_proj", 3, (17, 12)),
+        ("v_proj", 1, (10, 13)),
+    ]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_spectra_are_those_of_what_merging_changes(base, kind):
+    params = adapted(base, CONFIGS[kind])
+    merged = merge_smoa(params)
+    spectra = update_spectra(params)
+    assert [(s.name, s.layer) for s in spectra] == [
+        *(("layers.q_proj", layer) for layer in range(3)),
+        ("v_proj", 0),
+    ]
+    for spectrum in spectra:
+        before, after = (
+            np.asarray(
+                tree["layers"]["q_proj"]["kernel"][spectrum.layer]
+                if spectrum.name == "layers.q_proj"
+                else tree["v_proj"]["kernel"],
+                np.float64,
+            )
+            for tree in (base, merged)
+        )
+        values = np.linalg.svd(after - before, compute_uv=False)
+        np.testing.assert_allclose(spectrum.singular_values, values, atol=2e-5 * values[0])
+        norm = np.linalg.norm(after - before) / np.linalg.norm(before)
+        assert spectrum.relative_norm == pytest.approx(norm, rel=1e-4)
+    ranks = [spectrum.rank for spectrum in spectra]
+    # B of ones makes A B^T of rank 1, and W * (A B^T) of the rank of W (blocks: of its blocks).
+    full = {"blocks": [12, 12, 12, 10], "bands": [12, 12, 12, 10], "lora": [1, 1, 1, 1]}[kind]
+    assert ranks == full
+
+
+def test_chosen_layers_alone_are_decomposed_and_unstacked_kernels_always(base):
+    spectra = update_spectra(adapted(base, CONFIGS["lora"]), (2, 0))
+    assert [(s.name, s.layer) for s in spectra] == [
+        ("layers.q_proj", 0),
+        ("layers.q_proj", 2),
+        ("v_proj", 0),
+    ]
+
+
+def test_a_plot_is_a_picture_and_an_untrained_adapter_has_none(base, tmp_path):
+    plot_spectra(update_spectra(adapted(base, CONFIGS["blocks"])), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    untrained = update_spectra(apply_smoa(base, CONFIGS["blocks"], jax.random.key(1)))
+    assert {spectrum.rank for spectrum in untrained} == {0}
+    with pytest.raises(ValueError, match="updates are all zero"):
+        plot_spectra(untrained, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
