@@ -80,14 +80,18 @@ def check_task(task: str, protocol: Protocol) -> None:
     Raises:
         ValueError: naming what there is.
     """
-    if task and task not in TASK_PROTOCOLS:
-        near = difflib.get_close_matches(task, TASK_PROTOCOLS, n=2, cutoff=0.5)
-        known = ", ".join(near or TASK_PROTOCOLS)
-        raise ValueError(f"got task {task!r}; expected one such as {known}; or leave it out")
-    if task and protocol != protocol_of(task):
+    if not task:
+        return
+    if task not in TASK_PROTOCOLS:
+        near = difflib.get_close_matches(task, TASK_PROTOCOLS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; or leave it out"
         raise ValueError(
-            f"got answer {protocol!r} for task {task!r}; expected {protocol_of(task)!r}, by which "
-            "it is scored; change one of the two"
+            f"got evaluation.task={task!r}; expected one of {', '.join(TASK_PROTOCOLS)}{hint}"
+        )
+    if protocol != protocol_of(task):
+        raise ValueError(
+            f"got evaluation.task={task!r} with evaluation.answer={protocol!r}; expected "
+            f"{protocol_of(task)!r}, by which it is scored; change one of the two"
         )
 
 

@@ -19,7 +19,13 @@ from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import Params
 from smoa_jax.data.encode import Questions
 from smoa_jax.data.tokenizer import special_ids
-from smoa_jax.evaluation.answers import Protocol, Score, expected_answer, score_responses
+from smoa_jax.evaluation.answers import (
+    Protocol,
+    Score,
+    check_task,
+    expected_answer,
+    score_responses,
+)
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig, generate
 from smoa_jax.sharding.processes import fetch
@@ -119,6 +125,7 @@ def check_questions(questions: Questions, rows: int, protocol: Protocol, task: s
     Raises:
         ValueError: naming both numbers, or the reference.
     """
+    check_task(task, protocol)
     if rows > len(questions):
         raise ValueError(
             f"got {len(questions)} held-out questions; expected at least evaluation.rows={rows}; "

@@ -131,7 +131,7 @@ def test_the_papers_outputs_hold_the_papers_answers(task):
 @pytest.mark.parametrize(
     ("task", "protocol", "words"),
     [
-        ("boolqq", "choice", "expected one such as boolq"),
+        ("boolqq", "choice", "did you mean boolq"),
         ("gsm8k", "choice", "expected 'number', by which it is scored"),
         ("piqa", "exact", "expected 'choice'"),
     ],
