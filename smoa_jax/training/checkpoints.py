@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
-from jax.sharding import Sharding
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     LatestN,
@@ -37,11 +34,24 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.training.checkpoint_leaves import (
+    absolute,
+    as_json,
+    as_key,
+    check_restored,
+    check_saveable,
+    check_targets,
+    describe,
+    differences,
+    flatten,
+    key_data,
+    key_data_target,
+    leaf_name,
+)
 
 FORMAT_VERSION = 1
 
 _STATE, _RECORD, _TRASH = "state", "record", "deleted"
-_BASE_LEAVES = ("kernel", "embedding", "bands")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +124,7 @@ class TrainingCheckpoints:
             )
         if identity is None and not read_only:
             raise ValueError("got no identity; expected one, unless read_only; give the run's own")
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         if read_only and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory; expected checkpoints")
         self._identity = identity
@@ -188,8 +198,8 @@ class TrainingCheckpoints:
         """
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read-only; expected no saves")
-        leaves = _flatten(state)
-        _check_saveable(leaves)
+        leaves = flatten(state)
+        check_saveable(leaves)
         if step in self._own_steps and step in self._manager.all_steps():
             if wait:
                 self.wait()
@@ -204,12 +214,12 @@ class TrainingCheckpoints:
             "format_version": FORMAT_VERSION,
             "step": int(step),
             "identity": self._identity.as_json() if self._identity is not None else {},
-            "data_position": _as_json(data_position),
+            "data_position": as_json(data_position),
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-            "tensors": {name: _describe(leaf) for name, leaf in leaves.items()},
+            "tensors": {name: describe(leaf) for name, leaf in leaves.items()},
         }
         self._best.note(step, record["metrics"].get(self._best_metric))
-        stored = {name: _key_data(leaf) for name, leaf in leaves.items() if leaf.size}
+        stored = {name: key_data(leaf) for name, leaf in leaves.items() if leaf.size}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -261,17 +271,17 @@ class TrainingCheckpoints:
         self.wait()
         step = self._known(step)
         record = self._checked_record(step)
-        targets = _flatten(abstract_state)
+        targets = flatten(abstract_state)
         where = f"{self.directory / str(step)}"
-        _check_targets(where, targets, record["tensors"])
+        check_targets(where, targets, record["tensors"])
         stored = self._read(step, {name: leaf for name, leaf in targets.items() if leaf.size})
         leaves = []
         for name, target in targets.items():
             if target.size:
-                leaf = _as_key(stored[name], record["tensors"][name])
+                leaf = as_key(stored[name], record["tensors"][name])
             else:  # the storage format has no empty arrays
                 leaf = jax.device_put(jnp.zeros(target.shape, target.dtype), target.sharding)
-            _check_restored(where, name, leaf, target)
+            check_restored(where, name, leaf, target)
             leaves.append(leaf)
         self._own_steps.add(step)
         return Restored(
@@ -297,7 +307,7 @@ class TrainingCheckpoints:
         """
         step = self._known(step)
         record = self._checked_record(step)
-        names = {name: _leaf_name(name) for name in record["tensors"]}
+        names = {name: leaf_name(name) for name in record["tensors"]}
         chosen = {name: leaf for name, leaf in names.items() if leaf is not None}
         tensors = {name: record["tensors"][name] for name in chosen}
         abstract = {
@@ -334,7 +344,7 @@ class TrainingCheckpoints:
         return steps[-1] if step is None else step
 
     def _read(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        abstract = {name: _key_data_target(leaf) for name, leaf in targets.items()}
+        abstract = {name: key_data_target(leaf) for name, leaf in targets.items()}
         arguments = {
             name: ocp.ArrayRestoreArgs(
                 sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
@@ -355,7 +365,7 @@ class TrainingCheckpoints:
             )
         if self._identity is None:
             return record
-        different = _differences(record["identity"], self._identity.as_json())
+        different = differences(record["identity"], self._identity.as_json())
         if different:
             raise CheckpointError(
                 f"{where} belongs to another run: got {'; got '.join(different)}; resume with the "
@@ -404,125 +414,3 @@ class _KeepBest(PreservationPolicy):
     ) -> Sequence[bool]:
         best = self.ranked([info.step for info in checkpoints])[: self._number]
         return [info.step in best for info in checkpoints]
-
-
-# ------------------------------------------------------------------------------------- the leaves
-
-
-def _absolute(directory: str | Path) -> epath.Path:
-    text = str(directory)
-    return epath.Path(text if "://" in text else Path(text).expanduser().absolute())
-
-
-def _leaf_name(name: str) -> str | None:
-    """The name among ``adapter_leaves`` of a tensor of a run's state; None for any other."""
-    if name.startswith("adapter/"):
-        return name.removeprefix("adapter/")
-    trained = re.fullmatch(r"run/trainable/(.+)/smoa/(\w+)", name)
-    return "/".join(trained.groups()) if trained else None
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _check_saveable(leaves: Mapping[str, Any]) -> None:
-    for name, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array):
-            raise ValueError(
-                f"got {name} of type {type(leaf).__name__} in the state; expected a jax.Array; "
-                "put it on devices, or plain JSON into data_position"
-            )
-        if name.rsplit("/", 1)[-1] in _BASE_LEAVES:
-            raise ValueError(
-                f"got {name} in the state, a frozen weight; expected what the adapter adds alone: "
-                "partition(params)[0] and adapter_leaves(params)"
-            )
-
-
-def _as_json(value: Mapping[str, Any]) -> Any:
-    try:
-        plain = json.loads(json.dumps(dict(value)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"got a data_position that is not plain JSON ({error}); expected strings, numbers, "
-            "lists and dicts"
-        ) from error
-    return plain
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(leaf: jax.Array) -> dict[str, Any]:
-    described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    if _is_key(leaf):
-        described["key_impl"] = str(jax.random.key_impl(leaf))
-    return described
-
-
-def _key_data(leaf: jax.Array) -> jax.Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _key_data_target(target: Any) -> jax.ShapeDtypeStruct:
-    data = jax.eval_shape(_key_data, jax.ShapeDtypeStruct(target.shape, target.dtype))
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=target.sharding)
-
-
-def _as_key(leaf: jax.Array, described: Mapping[str, Any]) -> jax.Array:
-    impl = described.get("key_impl")
-    return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
-
-
-def _check_targets(where: str, targets: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    for name, target in targets.items():
-        if not isinstance(getattr(target, "sharding", None), Sharding):
-            raise ValueError(
-                f"got an abstract {name} without a sharding; expected one on every leaf; make the "
-                "abstract state with jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
-            )
-    missing = [name for name in targets if name not in tensors]
-    surplus = [name for name in tensors if name not in targets]
-    if missing or surplus:
-        parts = [f"lacks {listed(missing)}"] if missing else []
-        parts += [f"holds {listed(surplus)}, which this run doesn't have"] if surplus else []
-        raise CheckpointError(
-            f"{where} {' and '.join(parts)}; expected the state of this run; resume with the "
-            "configuration that it was saved with"
-        )
-    for name, target in targets.items():
-        got = (tuple(tensors[name]["shape"]), tensors[name]["dtype"])
-        expected = (tuple(target.shape), str(target.dtype))
-        if got != expected:
-            raise CheckpointError(
-                f"{where}: got {name} as {got[1]}{list(got[0])}; expected "
-                f"{expected[1]}{list(expected[0])}; resume with the configuration that it was "
-                "saved with"
-            )
-
-
-def _check_restored(where: str, name: str, leaf: Any, target: Any) -> None:
-    if (
-        not isinstance(leaf, jax.Array)
-        or leaf.shape != target.shape
-        or leaf.dtype != target.dtype
-        or not leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
-    ):
-        got = getattr(leaf, "sharding", type(leaf).__name__)
-        raise CheckpointError(
-            f"{where}: {name} came back as {getattr(leaf, 'dtype', '')}"
-            f"{list(getattr(leaf, 'shape', ()))} on {got}; expected {target.dtype}"
-            f"{list(target.shape)} on {target.sharding}"
-        )
-
-
-def _differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Every field that differs, as "name=value, expected value"."""
-    pairs = {"base_fingerprint": (got["base_fingerprint"], expected["base_fingerprint"])}
-    stored, ours = got["adapter_config"], expected["adapter_config"]
-    for field in {**stored, **ours}:
-        pairs[field] = (stored.get(field, "nothing"), ours.get(field, "nothing"))
-    return [f"{name}={a!r}, expected {b!r}" for name, (a, b) in pairs.items() if a != b]

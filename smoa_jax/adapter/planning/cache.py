@@ -7,6 +7,7 @@ directory, since an entry appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -83,9 +84,19 @@ class CacheEntry:
             return None
 
     def write(self, result: Mapping[str, np.ndarray]) -> None:
-        """Keep ``result``, in the place of whatever was there."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        """Keep ``result``, in the place of whatever was there; a warning where that can't be."""
         temporary = self._path.with_suffix(f".{os.getpid()}.{id(result)}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **{_WEIGHTS: np.str_(self._digest)}, **result)  # type: ignore[arg-type]
-        os.replace(temporary, self._path)
+        named: Any = {_WEIGHTS: np.str_(self._digest), **result}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.savez(file, **named)
+            os.replace(temporary, self._path)
+        except OSError as error:  # a full disk or a home that is read-only stops no run
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            warnings.warn(
+                f"the spectrum of {self._name} cannot be kept in {self._path.parent} ({error}); it "
+                "is used all the same; SMOA_JAX_CACHE names another directory, or says off",
+                stacklevel=2,
+            )

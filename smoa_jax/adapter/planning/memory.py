@@ -19,15 +19,16 @@ _GROUP_FILES = (
 _UNKNOWN = 1 << 62
 
 
-def decomposition_bytes(inputs: int, outputs: int) -> int:
+def decomposition_bytes(inputs: int, outputs: int, num_bands: int = 1) -> int:
     """Peak bytes of decomposing one (I, O) weight by the Gram matrix of its smaller side q.
 
     In float32: the weight and its transposed or projected copies (four of its size: as read, cast,
     projected, and in descending order), and of the Gram matrix five: itself, the eigenvectors in
-    both orders, and LAPACK's workspace of twice its size.
+    both orders, and LAPACK's workspace of twice its size. Each band but the last takes two and a
+    half more of the weight's size: its part, the copy that is stacked, and temporaries.
     """
-    smaller = min(inputs, outputs)
-    return 4 * (4 * inputs * outputs + 5 * smaller * smaller)
+    smaller, size = min(inputs, outputs), inputs * outputs
+    return 4 * (4 * size + 5 * smaller * smaller) + 10 * (num_bands - 1) * size
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -24,11 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 from threadpoolctl import threadpool_limits
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.placement import full_spec
 from smoa_jax.adapter.planning.cache import CacheEntry
 from smoa_jax.adapter.planning.decompose import layer_bands, layer_scores, traced_bands
 from smoa_jax.adapter.planning.exchange import (
@@ -38,36 +36,19 @@ from smoa_jax.adapter.planning.exchange import (
     spans_processes,
 )
 from smoa_jax.adapter.planning.memory import available_memory, decomposition_bytes
+from smoa_jax.adapter.planning.stack import (
+    BandParts,
+    BlockScores,
+    LayerStack,
+    Result,
+    Spectra,
+    Spectrum,
+    abstract_spectrum,
+    layer_structs,
+)
 from smoa_jax.adapter.targets import Target, find_targets, lookup
 from smoa_jax.adapter.types import Params
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockScores:
-    """Centre of mass in the spectrum of each input and output coordinate, in units of index j."""
-
-    inputs: Any  # (L?, I) float32
-    outputs: Any  # (L?, O) float32
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BandParts:
-    """The bands of the spectrum: their matrices but the last, where they begin, their norms."""
-
-    bands: Any  # (L?, M-1, I, O) in the kernel's dtype
-    cuts: Any  # (L?, M-1) float32, first singular index of bands 2..M
-    norms: Any  # (L?, M) float32, Frobenius
-
-
-Spectrum: TypeAlias = BlockScores | BandParts
-#: Dotted module path -> spectrum; empty for partitions that need none.
-Spectra: TypeAlias = dict[str, Spectrum]
-#: What planning one layer gives, by field of its spectrum.
-Result: TypeAlias = dict[str, np.ndarray]
-#: Begin and end of a part of an array, for each axis.
-Bounds: TypeAlias = tuple[tuple[int, int], ...]
 #: Called with (layers done, layers in all, module path) as planning proceeds.
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -105,7 +86,9 @@ def plan_spectra(
         return {}
     kernels = [lookup(base_params, target.path)[target.key] for target in targets]
     if any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels):
-        return {t.name: _abstract(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+        return {
+            t.name: abstract_spectrum(t, k, config) for t, k in zip(targets, kernels, strict=True)
+        }
     if any(isinstance(kernel, Tracer) for kernel in kernels):
         return {t.name: _traced(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     jobs = [
@@ -119,10 +102,10 @@ def plan_spectra(
     def plan(job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
         return planner.layer(fetch(), job.name, _known_cuts(cuts, job), device)
 
-    own = _plan_share(jobs, plan, progress)
-    stacks = {t.name: _Stack(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+    own = _plan_share(jobs, plan, progress, 1 if config.has_blocks else config.num_subspaces)
+    stacks = {t.name: LayerStack(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     for number, job in enumerate(jobs):
-        like = _layer_structs(job.target.matrix_shape[-2:], job.kernel.dtype, config)
+        like = layer_structs(job.target.matrix_shape[-2:], job.kernel.dtype, config)
         owner = number % jax.process_count()
         result = share_result(own.pop(number, None), like, owner)
         stacks[job.target.name].put(job.layer, result)
@@ -145,12 +128,17 @@ def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
 
 
 def num_workers(
-    shapes: Sequence[tuple[int, ...]], *, cpus: int | None = None, memory: int | None = None
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    num_bands: int = 1,
+    cpus: int | None = None,
+    memory: int | None = None,
 ) -> int:
     """Layers to decompose at a time: one for each CPU of this process that there is memory for.
 
     Args:
         shapes: (I, O) of the layers.
+        num_bands: Parts of each weight that are formed; 1 where none is.
         cpus: That this process may use; None: as the system says.
         memory: Bytes that are free; None: likewise.
     """
@@ -158,7 +146,9 @@ def num_workers(
         affinity = getattr(os, "sched_getaffinity", None)
         cpus = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     memory = available_memory() if memory is None else memory
-    largest = max((decomposition_bytes(*shape) for shape in shapes), default=1)
+    largest = max(
+        (decomposition_bytes(shape[0], shape[1], num_bands) for shape in shapes), default=1
+    )
     return max(1, min(cpus, memory // largest))
 
 
@@ -179,6 +169,7 @@ def _plan_share(
     jobs: Sequence[_Job],
     plan: Callable[[_Job, Callable[[], Any], Any], Result],
     progress: Progress | None,
+    num_bands: int,
 ) -> dict[int, Result]:
     """The results of every n-th job, n processes in all, layers in parallel.
 
@@ -187,7 +178,7 @@ def _plan_share(
     """
     count, me = jax.process_count(), jax.process_index()
     devices = jax.local_devices()
-    workers = num_workers([job.target.matrix_shape[-2:] for job in jobs])
+    workers = num_workers([job.target.matrix_shape[-2:] for job in jobs], num_bands=num_bands)
     if devices[0].platform != "cpu":
         workers = min(len(devices), workers)
     total = len(range(me, len(jobs), count))
@@ -273,7 +264,7 @@ class _Planner:
             kind = (*kind, self._config.num_subspaces)
         kinds = [kind] if cuts is None else [kind, (*kind, *cuts)]
         matrix = np.asarray(weight)
-        like = _layer_structs(matrix.shape, matrix.dtype, self._config)
+        like = layer_structs(matrix.shape, matrix.dtype, self._config)
         return [CacheEntry(self._cache_dir, matrix, kind, like, name) for kind in kinds]
 
 
@@ -317,34 +308,6 @@ def kernel_layer(kernel: Any, target: Target, layer: int) -> jax.Array:
     return target.view.of_one_layer().to_matrix(one)
 
 
-def _layer_structs(
-    shape: tuple[int, ...], dtype: Any, config: SmoaConfig
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the result of one (I, O) layer looks like."""
-    inputs, outputs = shape
-    subspaces = config.num_subspaces
-    if config.has_blocks:
-        shapes = {"inputs": (inputs,), "outputs": (outputs,)}
-    else:
-        shapes = {
-            "bands": (subspaces - 1, inputs, outputs),
-            "cuts": (subspaces - 1,),
-            "norms": (subspaces,),
-        }
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype if name == "bands" else jnp.float32)
-        for name, shape in shapes.items()
-    }
-
-
-def _abstract(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
-    fields = {
-        name: jax.ShapeDtypeStruct((*target.leading, *struct.shape), struct.dtype)
-        for name, struct in _layer_structs(target.matrix_shape[-2:], kernel.dtype, config).items()
-    }
-    return BlockScores(**fields) if config.has_blocks else BandParts(**fields)
-
-
 def _traced(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
     """The same as part of a traced program; ``jax.eval_shape`` then computes nothing."""
     matrix = target.view.to_matrix(kernel)
@@ -356,75 +319,3 @@ def _traced(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
         parts = jax.lax.map(lambda w: traced_bands(w, subspaces, target.name), layers)
         spectrum = BandParts(**parts)
     return spectrum if target.leading else jax.tree.map(lambda leaf: leaf[0], spectrum)
-
-
-class _Stack:
-    """The results of one kernel, layer upon layer; layers left out hold zeros.
-
-    Bands lie where their kernel lies: of a kernel with a ``NamedSharding`` only the shards of this
-    process's devices exist. Everything else is small, and whole.
-    """
-
-    def __init__(self, target: Target, kernel: Any, config: SmoaConfig):
-        self._target = target
-        self._abstract = _abstract(target, kernel, config)
-        self._sharding = _bands_sharding(target, kernel) if not config.has_blocks else None
-        self._whole: dict[str, np.ndarray] = {}
-        self._shards: dict[Bounds, np.ndarray] = {}  # of bands, by place
-        for field in dataclasses.fields(self._abstract):
-            struct = getattr(self._abstract, field.name)
-            if field.name == "bands" and self._sharding is not None:
-                for bounds in self._places().values():
-                    if bounds not in self._shards:
-                        shape = [stop - start for start, stop in bounds]
-                        self._shards[bounds] = np.zeros(shape, struct.dtype)
-            else:
-                self._whole[field.name] = np.zeros(struct.shape, struct.dtype)
-
-    def put(self, layer: int, result: Mapping[str, np.ndarray]) -> None:
-        """Take in one layer's result."""
-        stacked = bool(self._target.leading)
-        for name, array in self._whole.items():
-            array[(layer,) if stacked else ()] = result[name]
-        for bounds, shard in self._shards.items():
-            part = tuple(slice(*edges) for edges in (bounds[1:] if stacked else bounds))
-            if not stacked:
-                shard[...] = result["bands"][part]
-            elif layer in range(*bounds[0]):
-                shard[layer - bounds[0][0]] = result["bands"][part]
-
-    def spectrum(self) -> Spectrum:
-        """All layers."""
-        fields: dict[str, Any] = dict(self._whole)
-        if self._sharding is not None:
-            assert isinstance(self._abstract, BandParts)
-            struct = self._abstract.bands
-            arrays = [
-                jax.device_put(self._shards[bounds], device)
-                for device, bounds in self._places().items()
-            ]
-            fields["bands"] = jax.make_array_from_single_device_arrays(
-                struct.shape, self._sharding, arrays, dtype=struct.dtype
-            )
-        return type(self._abstract)(**fields)
-
-    def _places(self) -> dict[Any, Bounds]:
-        """Where the bands of each device of this process begin and end, by axis."""
-        assert self._sharding is not None
-        assert isinstance(self._abstract, BandParts)
-        shape = self._abstract.bands.shape
-        return {
-            device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-            for device, index in self._sharding.addressable_devices_indices_map(shape).items()
-            if index is not None
-        }
-
-
-def _bands_sharding(target: Target, kernel: Any) -> NamedSharding | None:
-    """That of the kernel, bands whole; None where its axes are not those of its matrix."""
-    if not isinstance(kernel, jax.Array) or not isinstance(kernel.sharding, NamedSharding):
-        return None
-    if target.view_text:
-        return None
-    axes = full_spec(kernel.sharding, kernel.ndim)
-    return NamedSharding(kernel.sharding.mesh, PartitionSpec(*axes[:-2], None, *axes[-2:]))

@@ -31,6 +31,16 @@ def test_only_the_cpus_of_this_process_count(monkeypatch):
     assert num_workers([(8, 8)], memory=1 << 40) == 3
 
 
+def test_bands_are_charged_for_the_parts_that_are_formed():
+    memory = 3 * decomposition_bytes(60, 40)
+    assert num_workers([(60, 40)], cpus=8, memory=memory) == 3
+    assert num_workers([(60, 40)], cpus=8, memory=memory, num_bands=4) == 1
+    # Measured peaks, in units of the float32 weight: 4.8 for scores, 12.4 for four bands.
+    unit = 4 * 768 * 3072
+    assert 4.8 < decomposition_bytes(768, 3072) / unit < 6
+    assert 12.4 < decomposition_bytes(768, 3072, 4) / unit < 14
+
+
 def test_a_decomposition_is_charged_for_its_smaller_gram_matrix():
     assert decomposition_bytes(3, 7) == decomposition_bytes(7, 3) == 4 * (4 * 21 + 5 * 9)
 
