@@ -9,9 +9,8 @@ import jax
 
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter
 from smoa_jax.commands.tables import console
-from smoa_jax.data.config import TemplateName
 from smoa_jax.data.encode import encode_prompt
-from smoa_jax.data.templates import make_template
+from smoa_jax.data.templates import TemplateName, make_template
 from smoa_jax.data.tokenizer import load_tokenizer, special_ids
 from smoa_jax.evaluation.scoring import respond
 from smoa_jax.models.generation import GenerationConfig

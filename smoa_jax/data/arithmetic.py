@@ -16,7 +16,9 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from smoa_jax.data.rows import AnyRow, Row, draw_split
+from smoa_jax.data.checks import require
+from smoa_jax.data.rows import AnyRow, Row
+from smoa_jax.data.splits import draw_split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,16 @@ class ArithmeticTask:
     terms: int = 4
 
     def __post_init__(self) -> None:
-        if self.name not in ARITHMETIC_TASKS:
-            raise ValueError(
-                f"got arithmetic task {self.name!r}; expected one of {', '.join(ARITHMETIC_TASKS)}"
-            )
-        if not 1 <= self.digits <= 12:
-            raise ValueError(f"got digits={self.digits}; expected 1 to 12")
-        if not 2 <= self.terms <= 12:
-            raise ValueError(f"got terms={self.terms}; expected 2 to 12")
+        known = ", ".join(ARITHMETIC_TASKS)
+        require(
+            self.name in ARITHMETIC_TASKS,
+            f"arithmetic task {self.name!r}",
+            f"one of {known}",
+            "correct data.task.name",
+        )
+        for name, least in (("digits", 1), ("terms", 2)):
+            value = getattr(self, name)
+            require(least <= value <= 12, f"{name}={value}", f"{least} to 12", "correct it")
 
 
 def arithmetic_row(task: ArithmeticTask, *, seed: int, index: int) -> Row:

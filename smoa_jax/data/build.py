@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.data.arithmetic import arithmetic_rows
+from smoa_jax.data.checks import require
 from smoa_jax.data.config import DataConfig
 from smoa_jax.data.encode import Questions, encode_questions, encode_rows
-from smoa_jax.data.identity import data_identity
+from smoa_jax.data.identity import Identity, data_identity
 from smoa_jax.data.packing import plan_rows
 from smoa_jax.data.pipeline import ExamplesIndex, TrainStream
 from smoa_jax.data.reasoning import reasoning_rows
 from smoa_jax.data.rows import AnyRow
-from smoa_jax.data.sources import drop_overlap, read_rows, split_rows
+from smoa_jax.data.sources import read_rows
+from smoa_jax.data.splits import drop_overlap, split_rows
 from smoa_jax.data.templates import make_template
 
 
@@ -29,7 +30,7 @@ class Data:
         eval: Held-out rows for the loss, for ``eval_batches``; ``None`` without held-out rows.
         questions: Held-out prompts and reference answers, for generation; maybe none.
         counts: Per split, what was read, dropped and cut.
-        identity: Digests of the rows and of their files (``data_identity``).
+        identity: Plain JSON that other data have otherwise; saved with every position.
     """
 
     config: DataConfig
@@ -37,7 +38,7 @@ class Data:
     eval: ExamplesIndex | None
     questions: Questions
     counts: dict[str, dict[str, int]]
-    identity: dict[str, Any]
+    identity: Identity
 
     def train_stream(
         self, batch_size: int, *, process_index: int = 0, process_count: int = 1
@@ -50,6 +51,7 @@ class Data:
             process_index=process_index,
             process_count=process_count,
             prefetch=self.config.prefetch,
+            identity=self.identity,
         )
 
 
@@ -93,7 +95,10 @@ def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
     identity = data_identity(
         train.examples,
         None if held_out is None else held_out.examples,
-        [*config.train_files, *config.eval_files],
+        references=questions.references,
+        train_files=config.train_files,
+        eval_files=config.eval_files,
+        settings=config.row_settings(),
     )
     return Data(
         config=config,
@@ -135,11 +140,12 @@ def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[s
         counts.update(overlap)
         return rows, held_out, counts
     wanted = config.eval_rows or round(config.eval_fraction * len(rows))
-    if config.eval_fraction and not wanted:
-        raise ValueError(
-            f"got data.eval_fraction={config.eval_fraction} of {len(rows)} rows, which is none; "
-            "expected at least one row; raise it or set eval_rows"
-        )
+    require(
+        bool(wanted) or not config.eval_fraction,
+        f"data.eval_fraction={config.eval_fraction} of {len(rows)} rows, which is none",
+        "at least one row",
+        "raise it or set eval_rows",
+    )
     train, held_out, overlap = split_rows(rows, eval_rows=wanted, seed=config.seed)
     counts.update(overlap)
     return train, held_out, counts

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
+
+from smoa_jax.data.checks import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 #: As chat templates read them: ``role`` and ``content``.
 Messages: TypeAlias = Sequence[dict[str, str]]
@@ -22,6 +26,7 @@ Messages: TypeAlias = Sequence[dict[str, str]]
 _FIXED_DATE = "26 Jul 2024"
 #: No template writes this by itself, and none changes it by trimming.
 _REPLY = "reply/8f3a"
+_OTHER_TEMPLATE = "use template alpaca or plain"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,17 +55,19 @@ def turn_shape(tokenizer: PreTrainedTokenizerFast) -> TurnShape:
         ValueError: There is no chat template, or it refuses the simplest exchange, or changes or
             repeats the words of a reply.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "got a tokenizer without a chat template; expected one in chat_template.jinja or "
-            "tokenizer_config.json; use template alpaca or plain"
-        )
+    require(
+        bool(tokenizer.chat_template),
+        "a tokenizer without a chat template",
+        "one in chat_template.jinja or tokenizer_config.json",
+        _OTHER_TEMPLATE,
+    )
     prompt, whole = _probe(tokenizer)
-    if not whole.startswith(prompt) or whole.count(_REPLY) != 1:
-        raise ValueError(
-            "got a chat template that does not write a reply once, behind its generation prompt; "
-            "expected one that only appends; use template alpaca or plain"
-        )
+    require(
+        whole.startswith(prompt) and whole.count(_REPLY) == 1,
+        "a chat template that does not write a reply once, behind its generation prompt",
+        "one that only appends",
+        _OTHER_TEMPLATE,
+    )
     head, tail = whole[len(prompt) :].split(_REPLY)
     found = [
         (tail.index(text), -len(text), text) for text in special_texts(tokenizer) if text in tail
@@ -86,11 +93,11 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             date_string=_FIXED_DATE,
         )
-    except TemplateError as error:  # its own word for what it refuses
-        raise ValueError(" ".join(str(error).split())) from error
-    except Exception as error:  # a template is a program, and may fail as any program does
+    except Exception as error:  # a template is a program: it may divide by zero, too
         reason = " ".join(str(error).split())
-        raise ValueError(f"{type(error).__name__}: {reason}") from error
+        # What a template or its engine says is said for people; the rest needs its kind.
+        named = isinstance(error, TemplateError | TypeError | ValueError) and reason
+        raise ValueError(reason if named else f"{type(error).__name__}: {reason}") from error
     return str(text)
 
 
@@ -117,6 +124,6 @@ def _probe(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
         except ValueError as error:
             reason = reason or str(error)
     raise ValueError(
-        f"the chat template refuses a plain exchange of user and assistant: {reason}; use template "
-        "alpaca or plain"
+        f"got a chat template that refuses a plain exchange of user and assistant: {reason}; "
+        f"expected one that writes it; {_OTHER_TEMPLATE}"
     )

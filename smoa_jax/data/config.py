@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from smoa_jax.data.arithmetic import ArithmeticTask
+from smoa_jax.data.checks import require, require_one_of
+from smoa_jax.data.rows import OnBadRow
+from smoa_jax.data.templates import TemplateName
 
-#: What a prompt may be put into; ``templates.py`` makes each.
-TemplateName: TypeAlias = Literal["alpaca", "chat", "plain"]
+Source: TypeAlias = Literal["files", "arithmetic", "reasoning_gym"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +36,10 @@ class TaskConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.train_rows < 1 or self.eval_rows < 0:
-            raise ValueError(
-                f"got train_rows={self.train_rows}, eval_rows={self.eval_rows}; expected at least "
-                "1 and 0"
-            )
-        if self.seed < 0:
-            raise ValueError(f"got data task seed {self.seed}; expected 0 or more")
+        require(self.train_rows >= 1, f"train_rows={self.train_rows}", "at least 1", "raise it")
+        for name in ("eval_rows", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"data.task.{name}={value}", "0 or more", "correct it")
 
     def arithmetic(self) -> ArithmeticTask:
         """What the source ``arithmetic`` generates."""
@@ -70,14 +69,14 @@ class DataConfig:
         prefetch: Batches to make ahead in the background.
     """
 
-    source: Literal["files", "arithmetic", "reasoning_gym"] = "arithmetic"
+    source: Source = "arithmetic"
     train_files: tuple[str, ...] = ()
     eval_files: tuple[str, ...] = ()
     train_limit: int = 0
     eval_limit: int = 0
     eval_rows: int = 0
     eval_fraction: float = 0.0
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: OnBadRow = "error"
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     template: TemplateName = "alpaca"
     max_length: int = 256
@@ -88,33 +87,56 @@ class DataConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        _one_of("source", self.source, ("files", "arithmetic", "reasoning_gym"))
-        _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
-        _one_of("template", self.template, get_args(TemplateName))
-        for name in ("train_limit", "eval_limit", "eval_rows", "seed", "prefetch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got data.{name}={getattr(self, name)}; expected 0 or more")
-        if self.max_length < 2:
-            raise ValueError(f"got data.max_length={self.max_length}; expected at least 2")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"got data.eval_fraction={self.eval_fraction}; expected 0 to below 1")
-        if self.eval_rows and self.eval_fraction:
-            raise ValueError("got data.eval_rows and data.eval_fraction; expected one of them")
-        if self.eval_files and (self.eval_rows or self.eval_fraction):
-            raise ValueError(
-                "got data.eval_files with data.eval_rows or data.eval_fraction; expected either "
-                "files or a share of train_files; use eval_limit to shorten eval_files"
-            )
-        if self.source == "files" and not self.train_files:
-            raise ValueError("got data.source=files without data.train_files; name at least one")
-        if self.source != "files" and (self.train_files or self.eval_files):
-            raise ValueError(
-                f"got data files with data.source={self.source}; expected source files; set it"
-            )
-        if self.source == "arithmetic":
-            self.task.arithmetic()
+        _check(self)
+
+    def row_settings(self) -> dict[str, Any]:
+        """What decides, beside the files' content, about the rows and their layout; by name."""
+        settings = dataclasses.asdict(self)
+        task = settings.pop("task")
+        for name in ("train_files", "eval_files", "prefetch"):
+            del settings[name]
+        if self.source == "files":
+            return settings
+        return settings | {f"task.{name}": value for name, value in task.items()}
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"got data.{name}={value!r}; expected one of {', '.join(known)}")
+def _check(config: DataConfig) -> None:
+    """Refuses settings that are out of range or contradict each other."""
+    for name, words in (
+        ("source", Source),
+        ("on_bad_row", OnBadRow),
+        ("template", TemplateName),
+    ):
+        require_one_of(words, getattr(config, name), f"data.{name}=")
+    for name, least in (
+        *((name, 0) for name in ("train_limit", "eval_limit", "eval_rows", "seed", "prefetch")),
+        ("max_length", 2),
+    ):
+        value = getattr(config, name)
+        require(value >= least, f"data.{name}={value}", f"{least} or more", "raise it")
+    fraction = config.eval_fraction
+    require(0 <= fraction < 1, f"data.eval_fraction={fraction}", "0 to below 1", "correct it")
+    require(
+        not (config.eval_rows and fraction),
+        "data.eval_rows and data.eval_fraction",
+        "one of them",
+        "set the other to 0",
+    )
+    require(
+        not (config.eval_files and (config.eval_rows or fraction)),
+        "data.eval_files with data.eval_rows or data.eval_fraction",
+        "either files or a share of train_files",
+        "use eval_limit to shorten eval_files",
+    )
+    files, generated = bool(config.train_files), config.source != "files"
+    require(
+        files or generated, "data.source=files without data.train_files", "one or more", "name them"
+    )
+    require(
+        not (generated and (files or config.eval_files)),
+        f"data files with data.source={config.source}",
+        "source files",
+        "set data.source=files, or leave the files out",
+    )
+    if config.source == "arithmetic":
+        config.task.arithmetic()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from smoa_jax.data.checks import require
 from smoa_jax.data.pieces import encode_pieces
 from smoa_jax.data.rows import AnyRow, BadRowError, OnBadRow, Row, question_of, reference_of
 from smoa_jax.data.templates import Rendered, Template
@@ -104,11 +105,12 @@ def encode_rows(
             trained = np.ones_like(trained)
         kept.append((tokens[:max_length], trained[:max_length]))
     counts["rows"] = len(kept)
-    if not kept:
-        raise ValueError(
-            f"got no usable row out of {len(rows)} ({_summary(counts)}); expected at least one; "
-            f"check the rows, or raise max_length above {max_length}"
-        )
+    require(
+        bool(kept),
+        f"no usable row out of {len(rows)} ({_summary(counts)})",
+        "at least one",
+        f"check the rows, or raise max_length above {max_length}",
+    )
     return Examples(
         tokens=np.concatenate([tokens for tokens, _ in kept]),
         trained=np.concatenate([trained for _, trained in kept]),

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from smoa_jax.data.checks import require
 from smoa_jax.data.encode import Examples
 
 #: Arrays of shape (rows, length): int32 ``tokens``, ``targets``, ``positions``, ``segment_ids``
@@ -47,10 +48,7 @@ class RowPlan:
         return self.members[self.offsets[index] : self.offsets[index + 1]]
 
     def fingerprint(self) -> str:
-        """Changes whenever other numbers of rows, a length or another plan stand behind a row.
-
-        It says nothing of what the examples hold; ``data/identity.py`` does.
-        """
+        """Changes whenever another data set, length or plan stands behind the row numbers."""
         digest = zlib.crc32(self.members.tobytes())
         for part in (self.offsets, self.bucket_of_row, np.asarray(self.buckets)):
             digest = zlib.crc32(np.ascontiguousarray(part, np.int64).tobytes(), digest)
@@ -74,21 +72,8 @@ def plan_rows(
     Raises:
         ValueError: ``pack`` together with ``buckets``, or a bucket outside 2..max_length.
     """
-    if pack and buckets:
-        raise ValueError(
-            f"got pack=True and buckets={tuple(buckets)}; expected one of them; packing fills "
-            "rows of one length, so leave buckets empty"
-        )
-    if any(not 2 <= length <= max_length for length in buckets):
-        raise ValueError(
-            f"got buckets={tuple(buckets)}; expected lengths from 2 to max_length={max_length}"
-        )
     lengths = examples.lengths
-    if lengths.max() > max_length:
-        raise ValueError(
-            f"got an example of {lengths.max()} tokens; expected at most max_length={max_length}; "
-            "encode with the same max_length"
-        )
+    _check_plan(int(lengths.max()), max_length, pack, tuple(buckets))
     rows = _pack(lengths, max_length) if pack else [[index] for index in range(len(lengths))]
     all_buckets = np.asarray(sorted({*buckets, max_length}))
     bucket_of_row = np.searchsorted(all_buckets, [lengths[row].sum() for row in rows])
@@ -99,6 +84,27 @@ def plan_rows(
         # Without asking for buckets, rows keep the length that was asked for.
         buckets=tuple(int(length) for length in all_buckets[used]) if buckets else (max_length,),
         bucket_of_row=bucket_of_row,
+    )
+
+
+def _check_plan(longest: int, max_length: int, pack: bool, buckets: tuple[int, ...]) -> None:
+    require(
+        not (pack and buckets),
+        f"pack=True and buckets={buckets}",
+        "one of them",
+        "packing fills rows of one length, so leave buckets empty",
+    )
+    require(
+        all(2 <= length <= max_length for length in buckets),
+        f"buckets={buckets}",
+        f"lengths from 2 to max_length={max_length}",
+        "correct them",
+    )
+    require(
+        longest <= max_length,
+        f"an example of {longest} tokens",
+        f"at most max_length={max_length}",
+        "encode with the same max_length",
     )
 
 

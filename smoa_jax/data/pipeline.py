@@ -24,7 +24,9 @@ from typing import Any, TypeAlias
 import grain
 import numpy as np
 
+from smoa_jax.data.checks import require
 from smoa_jax.data.encode import Examples
+from smoa_jax.data.identity import Identity, changed_settings, check_identity, data_identity
 from smoa_jax.data.packing import Batch, RowPlan, make_batch
 
 #: JSON-serialisable position in the data; see ``TrainStream``.
@@ -56,7 +58,8 @@ class TrainStream:
     """An endless iterator over (batch, state).
 
     ``state`` is the position *after* its batch: restoring it yields the batch that would have come
-    next. It is ``{"positions": [rows taken from each bucket], "seed", "rows", "plan"}``.
+    next. It is ``{"positions": [rows taken from each bucket], "seed", "rows", "plan", "data"}``:
+    where, in which order, of how many rows, how they are laid out, and of which data.
 
     Example:
         stream = TrainStream(index, batch_size=32, seed=0)
@@ -71,6 +74,7 @@ class TrainStream:
         process_index: Which slice of each global batch this process gets.
         process_count: How many slices there are.
         prefetch: Batches to make ahead in the background; 0 makes each when asked for.
+        identity: Of the data, to be saved and compared; that of ``index`` alone unless given.
 
     Raises:
         ValueError: ``batch_size`` is not a multiple of ``process_count``.
@@ -85,13 +89,19 @@ class TrainStream:
         process_index: int = 0,
         process_count: int = 1,
         prefetch: int = 2,
+        identity: Identity | None = None,
     ) -> None:
         _check_slice(batch_size, process_index, process_count)
-        if seed < 0:
-            raise ValueError(f"got data seed {seed}; expected 0 or more")
+        require(seed >= 0, f"data seed {seed}", "0 or more", "correct data.seed")
         self._index = index
         self._batch_size = batch_size
         self._seed = seed
+        self._belongs = {
+            "seed": seed,
+            "rows": len(index),
+            "plan": index.plan.fingerprint(),
+            "data": identity or data_identity(index.examples),
+        }
         self._slice = _slice_of(batch_size, process_index, process_count)
         self._prefetch = prefetch
         self._positions = (0,) * len(index.plan.buckets)
@@ -110,7 +120,7 @@ class TrainStream:
     @property
     def state(self) -> StreamState:
         """The position after the last batch that was handed out."""
-        return _state(self._index.plan, self._seed, self._positions)
+        return {"positions": list(self._positions), **self._belongs}
 
     @property
     def epoch(self) -> float:
@@ -120,17 +130,13 @@ class TrainStream:
     def restore(self, state: StreamState) -> TrainStream:
         """Continues after the batch that ``state`` came with; returns the stream itself.
 
+        A state of an earlier version, without ``data``, is taken by what it has; ``unchecked`` says
+        what that leaves open.
+
         Raises:
             ValueError: The state belongs to another seed or to other data.
         """
-        for key, value in self.state.items():
-            if key == "positions":
-                continue
-            if state.get(key) != value:
-                raise ValueError(
-                    f"got a data position with {key} {state.get(key)!r}; expected {value!r}; "
-                    "resume with the data settings of the run, or start a new run"
-                )
+        _check_state(state, self._belongs)
         self.close()
         self._positions = tuple(int(position) for position in state["positions"])
         return self
@@ -143,7 +149,7 @@ class TrainStream:
 
     def _start(self) -> Iterator[tuple[Batch, StreamState]]:
         source = _BatchSource(
-            self._index, self._batch_size, self._seed, self._slice, self._positions
+            self._index, self._batch_size, self._belongs, self._slice, self._positions
         )
         options = grain.ReadOptions(
             num_threads=min(self._prefetch, 2), prefetch_buffer_size=self._prefetch
@@ -158,13 +164,13 @@ class _BatchSource:
         self,
         index: ExamplesIndex,
         batch_size: int,
-        seed: int,
+        belongs: StreamState,
         rows: slice,
         start: tuple[int, ...],
     ) -> None:
         self._index = index
         self._batch_size = batch_size
-        self._seed = seed
+        self._belongs = belongs
         self._rows = rows
         plan = index.plan
         self._members = [np.flatnonzero(plan.bucket_of_row == b) for b in range(len(plan.buckets))]
@@ -186,7 +192,7 @@ class _BatchSource:
             length=plan.buckets[bucket],
             batch_size=len(rows),
         )
-        return batch, _state(plan, self._seed, after)
+        return batch, {"positions": list(after), **self._belongs}
 
     def _row(self, bucket: int, position: int) -> int:
         epoch, place = divmod(position, len(self._members[bucket]))
@@ -194,7 +200,7 @@ class _BatchSource:
 
     def _epoch(self, bucket: int, epoch: int) -> np.ndarray:
         members = self._members[bucket]
-        return members[epoch_order(self._seed, epoch, len(members), bucket)]
+        return members[epoch_order(self._belongs["seed"], epoch, len(members), bucket)]
 
 
 class _Schedule:
@@ -246,13 +252,14 @@ def eval_batches(
             )
 
 
-def _state(plan: RowPlan, seed: int, positions: tuple[int, ...]) -> StreamState:
-    return {
-        "positions": list(positions),
-        "seed": seed,
-        "rows": len(plan),
-        "plan": plan.fingerprint(),
-    }
+def unchecked(state: StreamState) -> str:
+    """What ``restore`` cannot compare for want of it in ``state``, in one line; else empty."""
+    if "data" in state:
+        return ""
+    return (
+        "the position to resume from was saved by an earlier version: the number of rows and their "
+        "layout are as they were, whether the rows themselves are cannot be checked"
+    )
 
 
 def _slice_of(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -261,12 +268,32 @@ def _slice_of(batch_size: int, process_index: int, process_count: int) -> slice:
 
 
 def _check_slice(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"got a batch of {batch_size} rows and {process_count} processes; expected a multiple "
-            "of the processes; change batch_size"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"got process {process_index} of {process_count}; expected 0 to {process_count - 1}"
+    require(
+        batch_size >= 1 and batch_size % process_count == 0,
+        f"a batch of {batch_size} rows and {process_count} processes",
+        "a multiple of the processes",
+        "change batch_size",
+    )
+    require(
+        0 <= process_index < process_count,
+        f"process {process_index} of {process_count}",
+        f"0 to {process_count - 1}",
+        "correct process_index",
+    )
+
+
+def _check_state(state: StreamState, belongs: StreamState) -> None:
+    """Refuses a position in other data, by the cause that says most: seed, files, settings."""
+    data = state.get("data")
+    for key in ("seed", "data", "rows", "plan"):
+        if key == "data":
+            if data is not None:
+                check_identity(data, belongs["data"])
+            continue
+        settings = "" if data is None else changed_settings(data, belongs["data"])
+        require(
+            state.get(key) == belongs[key],
+            f"a data position with {key} {state.get(key)!r}",
+            f"{belongs[key]!r}" + (f" ({settings})" if settings else ""),
+            "resume with the data settings of the run, or start a new run",
         )

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from smoa_jax.data.rows import AnyRow, Row, draw_split
+from smoa_jax.data.rows import AnyRow, Row
+from smoa_jax.data.splits import draw_split
 
 #: Indices drawn per wanted row, so that duplicates can be replaced.
 _TRIES = 4

@@ -14,16 +14,18 @@ tokenising prompt and response in one go may merge across the seam.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, get_args
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
 from smoa_jax.data.chat import render_chat, turn_shape
-from smoa_jax.data.config import TemplateName
+from smoa_jax.data.checks import require_one_of
 from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 #: Names that ``make_template`` knows.
-TEMPLATES = get_args(TemplateName)
+TemplateName: TypeAlias = Literal["alpaca", "chat", "plain"]
+TEMPLATES: tuple[str, ...] = get_args(TemplateName)
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -72,13 +74,10 @@ def make_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
         ValueError: An unknown name, or ``chat`` with a tokenizer whose chat template is missing or
             cannot be cut at an assistant's turn.
     """
-    if name == "alpaca":
-        return render_alpaca
-    if name == "plain":
-        return render_plain
-    if name != "chat":
-        raise ValueError(f"got template {name!r}; expected one of {', '.join(TEMPLATES)}")
-    return ChatTemplate(tokenizer)
+    require_one_of(TemplateName, name, "template ")
+    if name == "chat":
+        return ChatTemplate(tokenizer)
+    return render_alpaca if name == "alpaca" else render_plain
 
 
 def render_alpaca(row: AnyRow) -> Rendered:

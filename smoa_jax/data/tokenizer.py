@@ -22,6 +22,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.data.chat import turn_shape
+from smoa_jax.data.checks import require
 from smoa_jax.data.gguf_tokenizer import tokenizer_from_gguf
 
 #: Key in the tokenizer's own (saved) settings for stop ids that it has no place for.
@@ -96,11 +97,12 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
     turn_end = _turn_end(tokenizer)
     if turn_end is not None:
         ends.append(turn_end)
-    if not ends:
-        raise ValueError(
-            "got a tokenizer without an EOS token; expected one, since responses end with it; "
-            'set "eos_token" in tokenizer_config.json'
-        )
+    require(
+        bool(ends),
+        "a tokenizer without an EOS token",
+        "one, since responses end with it",
+        'set "eos_token" in tokenizer_config.json',
+    )
     eos = tuple(dict.fromkeys(ends))
     return SpecialIds(bos=_written_bos(tokenizer), eos=eos, pad=_pad_id(tokenizer, eos))
 
@@ -108,12 +110,13 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
 def _check_directory(path: Path) -> None:
     if (path / "tokenizer.json").is_file():
         return
-    if (path / "tokenizer.model").is_file():
-        raise ValueError(
-            f"got {path} with tokenizer.model alone; expected tokenizer.json; make it once, where "
-            "sentencepiece and tiktoken are installed, with transformers' "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        )
+    require(
+        not (path / "tokenizer.model").is_file(),
+        f"{path} with tokenizer.model alone",
+        "tokenizer.json",
+        "make it once, where sentencepiece and tiktoken are installed, with transformers' "
+        "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+    )
     raise ValueError(
         f"got {path} without tokenizer.json; expected a fast tokenizer's file; "
         "save it with transformers' tokenizer.save_pretrained"

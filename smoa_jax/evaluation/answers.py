@@ -40,13 +40,19 @@ TASK_PROTOCOLS: dict[str, Protocol] = {
 }
 _ANY_CHOICE = r"true|false|(?:solution|answer|ending|option)[1-9]"
 
-# A number begins where neither a word nor the digits before a point go on ("v2", "1.2.3"). A sign
-# counts only where it does not join two numbers, as in "7-3"; thousands are grouped by commas; "5."
-# at the end of a sentence is 5, and ".5" is a half, but for a point that ends a word or follows
-# another: "No.5" is 5, "...42" is 42.
+# Where a number may begin: not inside a word ("x2", "v2.5") or another number, so that a sign that
+# joins two is none ("7-3"); but after a period that ends a word or a row of them ("No.5", "...42").
+# ".5" is a fraction where no such period is meant; thousands are grouped by commas; "5." at the end
+# of a sentence is 5; a chain such as "1.2.3" is a version or a date, and no number.
 _NUMBER = re.compile(
-    r"(?<!\w)(?<!\d\.)[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    r"|(?<![\w.])[-+\u2212]?\.\d+"
+    r"""
+    (?> (?: (?<![\w.]) | (?<=[^\W\d]\.) | (?<=[.\u2026]\.) ) [-+\u2212]?
+        (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)?
+      | (?: (?<![\w.]) [-+\u2212] | (?<![\w.\u2026]) ) \.\d+
+    )
+    (?!\.\d)
+    """,
+    re.VERBOSE,
 )
 #: LLM-Adapters' tolerance, for references that are written with fewer decimals.
 _NUMBER_TOLERANCE = Decimal("0.001")
@@ -74,30 +80,32 @@ class Score:
         return self.correct / self.total
 
 
+def protocol_of(task: str) -> Protocol:
+    """The protocol that ``task`` is scored by."""
+    return TASK_PROTOCOLS.get(task, "exact")
+
+
 def check_task(task: str, protocol: Protocol) -> None:
-    """Refuse a task that nobody knows, or one that is scored by another protocol.
+    """Refuse a task that is not known, or that is scored otherwise than by ``protocol``.
 
     Raises:
-        ValueError: naming what there is.
+        ValueError: naming tasks of like names, or the protocol of the task.
     """
     if not task:
         return
     if task not in TASK_PROTOCOLS:
-        near = difflib.get_close_matches(task, TASK_PROTOCOLS, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; or leave it out"
+        names = {name.casefold(): name for name in TASK_PROTOCOLS}
+        near = difflib.get_close_matches(task.casefold(), names, n=2)
         raise ValueError(
-            f"got evaluation.task={task!r}; expected one of {', '.join(TASK_PROTOCOLS)}{hint}"
+            f"got evaluation.task={task!r}; expected one of {', '.join(TASK_PROTOCOLS)}; "
+            + (f"did you mean {' or '.join(names[name] for name in near)}? " if near else "")
+            + "leave it empty for another task"
         )
-    if protocol != protocol_of(task):
+    if protocol_of(task) != protocol:
         raise ValueError(
             f"got evaluation.task={task!r} with evaluation.answer={protocol!r}; expected "
-            f"{protocol_of(task)!r}, by which it is scored; change one of the two"
+            f"{protocol_of(task)!r}, which the task is scored by; set it, or leave the task empty"
         )
-
-
-def protocol_of(task: str) -> Protocol:
-    """The protocol that ``task`` is scored by."""
-    return TASK_PROTOCOLS.get(task, "exact")
 
 
 def extract_answer(response: str, task: str = "", protocol: Protocol | None = None) -> str | None:

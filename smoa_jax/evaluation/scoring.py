@@ -98,7 +98,7 @@ def answer_questions(
 ) -> Answers:
     """Greedy answers to the first ``rows`` questions, scored against their references.
 
-    ``task`` narrows the labels that ``choice`` knows to those of one task.
+    A known ``task`` narrows the labels that protocol ``choice`` looks for to the task's own.
 
     Raises:
         ValueError: as ``check_questions``.
@@ -123,7 +123,7 @@ def check_questions(questions: Questions, rows: int, protocol: Protocol, task: s
     """Refuse to score more questions than there are, or any whose reference holds no answer.
 
     Raises:
-        ValueError: naming both numbers, or the reference.
+        ValueError: naming both numbers, or the reference; also as ``check_task``.
     """
     check_task(task, protocol)
     if rows > len(questions):

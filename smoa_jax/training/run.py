@@ -18,7 +18,7 @@ from smoa_jax.adapter.tree import count_trainable, strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import abstract_base
 from smoa_jax.data.build import Data, build_data
-from smoa_jax.data.identity import check_identity
+from smoa_jax.data.pipeline import unchecked
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.processes import batch_share, initialize, together
 from smoa_jax.training.checkpoints import Identity, TrainingCheckpoints
@@ -44,9 +44,6 @@ from smoa_jax.training.state import (
     whole_adapter,
 )
 from smoa_jax.training.step import State
-
-#: Where a saved position in the data says which data it is in.
-_DATA = "data"
 
 __all__ = ["RunError", "Summary", "run"]
 
@@ -178,7 +175,8 @@ def begin(prepared: Prepared, *, resume: bool, overwrite: bool) -> Begun:
             state, programs, restored = resume_state(
                 config, loaded, prepared.steps, checkpoints, progress=report.resize
             )
-            _check_same_data(restored.data_position, prepared.data, report)
+            if note := unchecked(restored.data_position):
+                report.say(note)
             for change in directory.changed_settings(config):
                 report.say(f"resuming with another setting, {change}")
             return Begun(
@@ -195,17 +193,6 @@ def begin(prepared: Prepared, *, resume: bool, overwrite: bool) -> Begun:
         directory.begin(config, overwrite=overwrite)
         checkpoints = _open_checkpoints(prepared)
     return Begun(step=0, state=state, position=None, programs=programs, checkpoints=checkpoints)
-
-
-def _check_same_data(position: dict[str, Any], data: Data, report: ProgressReport) -> None:
-    """Refuse to go on with other rows; the first version noted no more than how many there are."""
-    if _DATA in position:
-        check_identity(position[_DATA], data.identity)
-    else:
-        report.say(
-            "this checkpoint was written before checkpoints knew their data: that rows and files "
-            "are those it began with is taken for granted"
-        )
 
 
 def _open_checkpoints(prepared: Prepared) -> TrainingCheckpoints:
@@ -341,7 +328,6 @@ class _Run:
     def _save(self, step: int, state: State, position: dict[str, Any], eval_loss: float) -> None:
         metrics = {"eval_loss": eval_loss} if math.isfinite(eval_loss) else None
         saved = saved_state(state, self._programs.frozen)
-        position = {**position, _DATA: self._data.identity}
         self._begun.checkpoints.save(step, saved, position, metrics)
         self._writer.write("save", step, {})
 

@@ -14,7 +14,8 @@ from smoa_jax.data.arithmetic import (
     arithmetic_rows,
 )
 from smoa_jax.data.reasoning import ReasoningTask, reasoning_rows
-from smoa_jax.data.rows import Row, draw_split, question_of
+from smoa_jax.data.rows import Row, question_of
+from smoa_jax.data.splits import draw_split
 
 
 def solve(name: str, question: str, digits: int) -> str:

@@ -209,6 +209,32 @@ def test_a_reply_that_the_template_leaves_out_is_refused():
         encoded(conversation("a", "b"), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("{{- 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{- 'a'.index('z') }}", "substring not found"),
+        ("{{- 2.0 ** 5000 }}", "OverflowError: "),
+        ("{%- macro m() %}{{- m() }}{%- endmacro %}{{- m() }}", "RecursionError: "),
+        ("{{- raise_exception('so it is') }}", "so it is"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(program, reason):
+    on_bad = "{%- if messages[0]['content'] == 'bad' %}" + program + "{%- endif %}"
+    tokenizer = families.gemma("hi hello bad", chat_template=on_bad + families.GEMMA3)
+    assert encoded(conversation("hi", "hello"), tokenizer)
+    refusal = f"test row: the chat template refuses this row: {reason}"
+    with pytest.raises(BadRowError, match=refusal) as error:
+        encoded(conversation("bad", "hello"), tokenizer)
+    assert "\n" not in str(error.value)
+    # One that fails at everything serves other templates, and is refused by name.
+    tokenizer = families.gemma("hi hello", chat_template=program + families.GEMMA3)
+    assert special_ids(tokenizer).eos == (tokenizer.eos_token_id,)
+    with pytest.raises(ValueError, match=rf"refuses a plain exchange .*: {reason}") as error:
+        make_template("chat", tokenizer)
+    assert "\n" not in str(error.value)
+
+
 def test_a_template_that_wants_a_system_message_serves_rows_that_have_one():
     demanding = "{%- if messages[0]['role'] != 'system' %}{{- raise_exception('no system') }}"
     tokenizer = families.gemma(

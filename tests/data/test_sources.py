@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from smoa_jax.data.rows import BadRowError, Conversation, Message, Row, question_of, reference_of
-from smoa_jax.data.sources import drop_overlap, parse_row, read_rows, split_rows
+from smoa_jax.data.sources import parse_row, read_rows
 
 RECORDS = [
     {"instruction": "Add.", "input": "1 2", "output": "the sum is 3", "answer": "3"},
@@ -139,86 +139,6 @@ def test_missing_files_are_errors(tmp_path):
         read_rows([])
 
 
-def numbered(*numbers):
-    return [Row(instruction=f"question {n}", output=str(n)) for n in numbers]
-
-
-def test_held_out_rows_leave_training(tmp_path):
-    rows = numbered(*range(50))
-    train, held_out, counts = split_rows(rows, eval_rows=10, seed=3)
-    assert (len(train), len(held_out)) == (40, 10)
-    assert {question_of(row) for row in train}.isdisjoint(question_of(row) for row in held_out)
-    assert counts["eval_in_train"] == 0
-    assert split_rows(rows, eval_rows=10, seed=3) == (train, held_out, counts)
-    assert split_rows(rows, eval_rows=10, seed=4)[1] != held_out
-
-
-def test_held_out_questions_that_occur_in_training_are_dropped_and_counted():
-    kept, counts = drop_overlap(numbered(1, 2, 3), numbered(3, 4, 4, 5))
-    assert kept == numbered(4, 4, 5)
-    assert counts["eval_in_train"] == 1
-    train, held_out, counts = split_rows(numbered(*range(20)) * 2, eval_rows=8, seed=0)
-    assert {question_of(row) for row in train}.isdisjoint(question_of(row) for row in held_out)
-    assert counts["eval_in_train"] == 8 - len(held_out)
-    assert counts["eval_in_train"] > 0
-
-
-def test_a_split_that_leaves_nothing_is_an_error():
-    with pytest.raises(ValueError, match="got 3 held-out rows of 3"):
-        split_rows(numbered(1, 2, 3), eval_rows=3, seed=0)
-    with pytest.raises(ValueError, match="all of which occur in training"):
-        drop_overlap(numbered(1, 2), numbered(2))
-
-
 def test_parse_row_reads_a_non_text_answer_as_json():
     row = parse_row({"prompt": "a", "completion": "b", "answer": 16.0}, origin="x")
     assert reference_of(row) == "16.0"
-
-
-def said(*turns, system=""):
-    """A conversation of user and assistant by turns."""
-    roles = ("user", "assistant") * (len(turns) // 2)
-    messages = [Message(role=role, content=text) for role, text in zip(roles, turns, strict=True)]
-    if system:
-        messages.insert(0, Message(role="system", content=system))
-    return Conversation(messages=tuple(messages))
-
-
-@pytest.mark.parametrize(
-    "trained",
-    [
-        Row(instruction="What is 2 + 2?", output="4"),
-        Row(instruction=" what  is\n2 + 2? ", output="four"),
-        Row(instruction="What is", input="2 + 2?", output="4"),
-        Row(instruction="What is \uff12 + 2?", output="4", verbatim=True),  # a full-width 2
-        said("What is 2 + 2?", "4"),
-        said("What is 2 + 2?", "4", "And 3 + 3?", "6"),  # it contains the held-out one
-        said("What is 2 + 2?", "4", system="You are a calculator."),
-    ],
-)
-@pytest.mark.parametrize(
-    "held_out",
-    [
-        Row(instruction="What is 2 + 2?", output="4"),
-        said("WHAT IS 2 + 2?", "4"),
-        said("What is 2 + 2?", "4", "And 5 + 5?", "10"),  # its first turn is trained
-    ],
-)
-def test_a_question_is_the_same_in_any_spelling_and_any_shape_of_row(trained, held_out):
-    other = Row(instruction="What is 9 + 2?", output="11")
-    kept, counts = drop_overlap([*numbered(1), trained], [held_out, other])
-    assert (kept, counts) == ([other], {"eval_in_train": 1})
-
-
-@pytest.mark.parametrize(
-    "held_out",
-    [
-        Row(instruction="What is 2 + 3?", output="5"),
-        Row(instruction="And 3 + 3?", output="6"),  # asked by itself, it is another question
-        said("What is 1 + 1?", "2", "And 3 + 3?", "6"),
-        said("What is 2 + 2?\nWhat is 3 + 3?", "4 and 6"),
-    ],
-)
-def test_another_question_or_another_context_is_kept(held_out):
-    trained = [said("What is 2 + 2?", "4", "And 3 + 3?", "6")]
-    assert drop_overlap(trained, [held_out]) == ([held_out], {"eval_in_train": 0})

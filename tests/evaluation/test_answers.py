@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from smoa_jax.evaluation.answers import check_task, extract_answer, protocol_of, score_responses
+from smoa_jax.evaluation.answers import (
+    check_task,
+    extract_answer,
+    protocol_of,
+    score_responses,
+)
 
 PAPER_DATA = Path(
     os.environ.get("SMOA_PAPER_DATA", Path(__file__).parents[2].parent / "shared" / "data")
@@ -29,14 +34,38 @@ PAPER_DATA = Path(
         ("x = .5", "0.5"),
         ("0", "0"),
         ("100", "100"),
-        ("it is ...42", "42"),
+        ("...42", "42"),
+        ("hm..42", "42"),
+        ("\u202642", "42"),
+        ("\u2026.42", "42"),
+        ("so ...-42", "-42"),
+        ("... .42", "0.42"),
+        ("3...42", "42"),
+        ("42...", "42"),
         ("No.5", "5"),
-        ("-.5", "-0.5"),
+        ("No.5.2", "5.2"),
+        ("approx.1,200", "1200"),
         ("$.50", "0.5"),
-        ("x=.5.", "0.5"),
+        ("-.5", "-0.5"),
+        ("\u2212.5", "-0.5"),
+        ("x=.5", "0.5"),
+        ("(.5)", "0.5"),
+        ("7-.5", "0.5"),
         ("3.14.", "3.14"),
-        ("section 1.2.3", "1.2"),
+        ("3.14.\n", "3.14"),
+        ("it is 5.So", "5"),
+        ("1.2.3", None),
+        ("12.3.4", None),
+        ("12.05.2024", None),
+        ("1,234.5.6", None),
+        (".5.6", None),
+        ("7 under 1.2.3", "7"),
         ("v2.5", None),
+        ("x5", None),
+        ("7 in v2.5", "7"),
+        ("1,234,5678", "5678"),
+        ("12.5%", "12.5"),
+        ("5km", "5"),
         ("none at all", None),
         ("", None),
     ],
@@ -99,6 +128,27 @@ def test_a_protocol_may_be_named():
     assert extract_answer("I say ending2", "some new task", protocol="choice") == "ending2"
 
 
+@pytest.mark.parametrize(
+    ("task", "protocol", "message"),
+    [
+        ("arc-easy", "choice", r"got evaluation.task='arc-easy'; .* did you mean ARC-Easy"),
+        ("bolq", "choice", r"did you mean boolq\? leave it empty for another task"),
+        ("zzz", "choice", r"expected one of gsm8k, boolq, .*winogrande; leave it empty"),
+        ("gsm8k", "exact", r"task='gsm8k' with evaluation.answer='exact'; expected 'number'"),
+        ("boolq", "number", r"expected 'choice', which the task is scored by"),
+    ],
+)
+def test_a_task_that_is_unknown_or_scored_otherwise_is_refused(task, protocol, message):
+    with pytest.raises(ValueError, match=message):
+        check_task(task, protocol)
+
+
+def test_known_tasks_and_none_are_accepted():
+    check_task("", "exact")
+    check_task("boolq", "choice")
+    check_task("gsm8k", "number")
+
+
 def test_scoring_nothing_or_unequal_lists_is_refused():
     with pytest.raises(ValueError, match="got 0 responses and 0 references"):
         score_responses([], [])
@@ -126,23 +176,3 @@ def test_the_papers_outputs_hold_the_papers_answers(task):
         assert score_responses(answers, answers, task).accuracy == 1
         rotated = answers[1:] + answers[:1]
         assert score_responses(rotated, answers, task).accuracy < 0.8
-
-
-@pytest.mark.parametrize(
-    ("task", "protocol", "words"),
-    [
-        ("boolqq", "choice", "did you mean boolq"),
-        ("gsm8k", "choice", "expected 'number', by which it is scored"),
-        ("piqa", "exact", "expected 'choice'"),
-    ],
-)
-def test_a_task_that_is_unknown_or_scored_otherwise_is_refused(task, protocol, words):
-    with pytest.raises(ValueError, match=words):
-        check_task(task, protocol)
-    check_task("", protocol)
-
-
-def test_a_known_task_takes_its_own_labels_alone():
-    responses, references = ["maybe answer1, but solution2"], ["solution2"]
-    assert score_responses(responses, references, "piqa", "choice").correct == 1
-    assert score_responses(responses, references, "", "choice").correct == 0

@@ -178,7 +178,7 @@ def test_a_run_is_not_resumed_on_other_data(base_dir, tmp_path, one_device):
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     for task in (dataclasses.replace(TASK, seed=5), dataclasses.replace(TASK, eval_rows=15)):
         other = run_config(base_dir, tmp_path / "run", data_task=task, **changes)
-        with pytest.raises(ValueError, match="than the run began with"):
+        with pytest.raises(ValueError, match="than when the run began"):
             run(other, resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     assert run(run_config(base_dir, tmp_path / "run", **changes), resume=True).finished

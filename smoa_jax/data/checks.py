@@ -1,0 +1,29 @@
+"""The one way in which this package refuses: what it got, what it expected, what to do."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+
+def require(
+    ok: bool,
+    got: str,
+    expected: str,
+    do: str = "",
+    *,
+    where: str = "",
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Raises ``error`` unless ``ok``: ``where: got ...; expected ...; do``, on one line.
+
+    ``where`` is a file, or a row of one.
+    """
+    if not ok:
+        what_to_do = f"; {do}" if do else ""
+        raise error(f"{where and where + ': '}got {got}; expected {expected}{what_to_do}")
+
+
+def require_one_of(literal: Any, value: object, name: str) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of the words of a ``Literal`` type."""
+    known = get_args(literal)
+    require(value in known, f"{name}{value!r}", f"one of {', '.join(known)}", "correct it")
