@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import glob
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -10,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smoa_jax.checkpoint.errors import CheckpointError
+
+#: Of Linux's renameat2: paths as they are, and both at once.
+_HERE, _RENAME_EXCHANGE = -100, 2
 
 
 def check_target(
@@ -55,16 +61,30 @@ def check_target(
 def put_back(target: Path) -> None:
     """Undo a replacement that a kill cut short between its two renames.
 
-    What stood at ``target`` then lies beside it, whole, under a hidden name. Readers and writers
-    call this before they look; where nothing was cut short it does nothing.
+    Only where directories cannot be exchanged at once are there two. What stood at ``target`` then
+    lies beside it, whole, under a hidden name. Readers and writers call this before they look;
+    where nothing was cut short, or it can't be told what stood there, it does nothing.
     """
     target = target.expanduser().absolute()
     if target.exists():
         return
-    aside = sorted(target.parent.glob(f".{target.name}.old-*"))
-    if aside:
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            aside[-1].rename(target)
+    aside = _set_aside(target)
+    if len(aside) == 1:
+        with contextlib.suppress(OSError):  # another process was faster, or may do it alone
+            aside[0].rename(target)
+
+
+def _set_aside(target: Path) -> list[Path]:
+    """What replacements of ``target`` that were cut short have left beside it."""
+    return list(target.parent.glob(f".{glob.escape(target.name)}.old-*"))
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Exchange two directories at once; False where the system or the file system can't."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_HERE, os.fsencode(left), _HERE, os.fsencode(right), _RENAME_EXCHANGE) == 0
 
 
 def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
@@ -103,12 +123,17 @@ def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool)
     mark = uuid.uuid4().hex[:8]
     draft = target.with_name(f".{target.name}.draft-{mark}")
     old = target.with_name(f".{target.name}.old-{mark}")
+    for leftover in _set_aside(target) if occupied else ():
+        shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
-        if occupied:
-            target.rename(old)
-        draft.rename(target)
+        if occupied and _exchange(draft, target):
+            old = draft  # which now holds what is replaced
+        else:
+            if occupied:
+                target.rename(old)
+            draft.rename(target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         if old.exists() and not target.exists():

@@ -42,7 +42,9 @@ def export(
     spectra_cache_dir: str = "auto",
     overwrite: bool = False,
 ) -> int:
-    """Write a trained adapter for other tools, on the host and kernel by kernel.
+    """Write a trained adapter for other tools, on the host.
+
+    Kernel by kernel, but for orbax, which holds the merged model once.
 
     Args:
         model: The base it was trained on: Hugging Face directory or GGUF file.

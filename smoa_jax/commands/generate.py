@@ -28,7 +28,7 @@ def generate(
     prompt: list[str],
     adapter: str = "",
     checkpoint: str = "",
-    template: Literal["auto"] | TemplateName = "auto",
+    template: Literal["auto", TemplateName] = "auto",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,

@@ -15,6 +15,7 @@ from typing import Any
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.checkpoint.base import abstract_base
+from smoa_jax.checkpoint.directories import put_back
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.native.directory import CONFIG_FILE, save_adapter
 from smoa_jax.checkpoint.native.leaves import attach_leaves
@@ -39,6 +40,7 @@ def adapter_directory(path: str | Path, checkpoint: str, model: str) -> Iterator
         CheckpointError: if there is no such adapter, run or checkpoint.
     """
     given = Path(path).expanduser()
+    put_back(given)
     run = _run_of(given)
     if not checkpoint:
         yield given if run is None or (given / CONFIG_FILE).is_file() else _finished(run)
@@ -96,6 +98,7 @@ def _run_of(path: Path) -> RunDirectory | None:
 
 
 def _finished(run: RunDirectory) -> Path:
+    put_back(run.adapter)
     if not (run.adapter / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{run.path}: got a run that isn't finished, so it holds no adapter; expected a "

@@ -18,10 +18,13 @@ ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from smoa_jax.checkpoint import directories
 from smoa_jax.checkpoint.directories import replaced_directory
 
 target, renames = Path(sys.argv[1]), int(sys.argv[2])
 original, done = Path.rename, 0
+if renames >= 0:  # as on a file system that cannot exchange directories
+    directories._exchange = lambda left, right: False
 
 def rename(self, to):
     global done
@@ -31,6 +34,7 @@ def rename(self, to):
     return original(self, to)
 
 Path.rename = rename
+directories.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 with replaced_directory(target, marker="mark", what="a thing", overwrite=True) as draft:
     (draft / "mark").write_text("new")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -62,6 +66,34 @@ def test_a_kill_at_any_rename_leaves_one_whole_directory_to_be_found(target, ren
     assert (target / "mark").read_text() == expected
     put_back(target)
     assert (target / "mark").read_text() == expected
+
+
+def test_where_directories_can_be_exchanged_there_is_no_moment_without_one(target):
+    killed_after(target, -1)  # before what was replaced is removed
+    assert (target / "mark").read_text() == "new"
+    assert not list(target.parent.glob(".thing.old-*"))
+
+
+def test_what_an_older_replacement_left_is_never_put_back_over_a_newer_one(target):
+    killed_after(target, 2)
+    assert len(list(target.parent.glob(".thing.old-*"))) == 1
+    with replaced_directory(target, marker="mark", what="a thing", overwrite=True) as draft:
+        (draft / "mark").write_text("newer")
+    assert not list(target.parent.glob(".thing.old-*"))
+    target.rename(target.parent / "moved")
+    put_back(target)
+    assert not target.exists()
+
+
+def test_of_several_left_aside_none_is_guessed(tmp_path):
+    for mark in ("1", "2"):
+        (tmp_path / f".thing.old-{mark}").mkdir()
+    put_back(tmp_path / "thing")
+    assert not (tmp_path / "thing").exists()
+    odd = tmp_path / ".run[1].old-3"
+    odd.mkdir()
+    put_back(tmp_path / "run[1]")
+    assert (tmp_path / "run[1]").exists()
 
 
 def test_whoever_writes_next_finds_it_occupied_and_may_replace_it(target):
