@@ -366,7 +366,7 @@ def test_a_run_passes_its_mesh_rows_and_model_to_the_choice(monkeypatch, shardin
         asked.update(name=name, config=config, **named)
         return SPLASH
 
-    monkeypatch.setattr("smoa_jax.training.state.choose_attention", record)
+    monkeypatch.setattr("smoa_jax.training.model.choose_attention", record)
     config = run_config(attention="splash")
     config = dataclasses.replace(config, data=DataConfig(max_length=96, buckets=(32,), pack=True))
     base: Any = SimpleNamespace(config=BASE)
@@ -383,8 +383,8 @@ def test_a_run_passes_its_mesh_rows_and_model_to_the_choice(monkeypatch, shardin
 
 def test_a_run_is_refused_its_kernel_before_any_weight_is_read(monkeypatch):
     abstract = SimpleNamespace(config=BASE, params=abstract_params(BASE))
-    monkeypatch.setattr("smoa_jax.training.state.abstract_base", lambda *_: abstract)
-    monkeypatch.setattr("smoa_jax.training.state.load_base", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("smoa_jax.training.model.abstract_base", lambda *_: abstract)
+    monkeypatch.setattr("smoa_jax.training.model.load_base", lambda *_: pytest.fail("read"))
     config = dataclasses.replace(run_config(attention="splash"), mesh=MeshConfig(data=8, fsdp=1))
     with pytest.raises(ValueError, match=r"model\.attention=splash on platform 'cpu'"):
         load_model(config)
