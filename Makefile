@@ -45,4 +45,4 @@ lint: $(VENV)/.test-$(EXTRAS)
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .xla_cache build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from smoa_jax.checks import require
 from smoa_jax.commands.evaluate import evaluate
 from smoa_jax.commands.export import export
 from smoa_jax.commands.generate import generate
@@ -184,11 +185,11 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    if any(word.split("=")[0] == "--adapter" for word in arguments):
-        raise ValueError(
-            "got --adapter, a section of the configuration; expected the adapter's directory under "
-            "--adapter_dir"
-        )
+    require(
+        not any(word.split("=")[0] == "--adapter" for word in arguments),
+        "--adapter, a section of the configuration",
+        "the adapter's directory under --adapter_dir",
+    )
     parser = _run_parser("evaluate")
     parser.add_argument("--adapter_dir", required=True, help="adapter directory, or a run's")
     parser.add_argument(

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 from smoa_jax.adapter.views import parse_view
+from smoa_jax.checks import require
 
 Partition: TypeAlias = Literal[
     "spectral_blocks", "spectral_bands", "contiguous_blocks", "random_blocks", "none"
@@ -89,10 +90,11 @@ class SmoaConfig:
             ("modulation", get_args(ModulationKind)),
             ("scaling", get_args(Scaling)),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"got {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}"
-                )
+            require(
+                getattr(self, name) in choices,
+                f"{name}={getattr(self, name)!r}",
+                f"one of {', '.join(choices)}",
+            )
         for name in ("ranks", "layers", "target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):  # as YAML and JSON give them
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -106,16 +108,24 @@ class SmoaConfig:
         """Whether the subspaces are diagonal blocks of a partition of inputs and outputs."""
         return self.partition.endswith("_blocks")
 
+    def subspace_shapes(self, inputs: int, outputs: int) -> list[tuple[int, int]]:
+        """(I_m, O_m) of each subspace of an (I, O) kernel."""
+        if not self.has_blocks:
+            return [(inputs, outputs)] * self.num_subspaces
+        pieces = (split_evenly(size, self.num_subspaces) for size in (inputs, outputs))
+        return list(zip(*pieces, strict=True))
+
     def subspace_ranks(self, rank: int, path: str) -> tuple[int, ...]:
         """R_m of each subspace of the kernel at ``path`` whose total rank is ``rank``."""
         if not self.ranks:
             return split_evenly(rank, self.num_subspaces)
-        if sum(self.ranks) != rank:
-            raise ValueError(
-                f"got ranks={self.ranks}, which sum to {sum(self.ranks)}, for {path}, whose "
-                f"rank is {rank} by rank_pattern; expected equal sums; leave ranks empty or drop "
-                "the pattern"
-            )
+        require(
+            sum(self.ranks) == rank,
+            f"ranks={self.ranks}, which sum to {sum(self.ranks)}, for {path}, whose rank is {rank} "
+            "by rank_pattern",
+            "equal sums",
+            "leave ranks empty or drop the pattern",
+        )
         return self.ranks
 
     def scale(self, rank: int) -> float:
@@ -153,68 +163,84 @@ def _check_types(config: SmoaConfig) -> None:
         "rank_pattern": tuple(config.rank_pattern.values()),
     }
     for name, values in whole.items():
-        if any(not isinstance(value, int) or isinstance(value, bool) for value in values):
-            raise ValueError(f"got {name}={getattr(config, name)!r}; expected whole numbers")
+        require(
+            not any(not isinstance(value, int) or isinstance(value, bool) for value in values),
+            f"{name}={getattr(config, name)!r}",
+            "whole numbers",
+        )
     for name in ("alpha", "dropout"):
         value = getattr(config, name)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-            raise ValueError(f"got {name}={value!r}; expected a number")
+        require(
+            value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
+            f"{name}={value!r}",
+            "a number",
+        )
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
-        if not isinstance(value, str) and not all(isinstance(entry, str) for entry in value):
-            raise ValueError(f"got {name}={value!r}; expected names, or one regular expression")
+        require(
+            isinstance(value, str) or all(isinstance(entry, str) for entry in value),
+            f"{name}={value!r}",
+            "names, or one regular expression",
+        )
 
 
 def _check_ranks(config: SmoaConfig) -> None:
     rank, subspaces = config.rank, config.num_subspaces
-    if rank < 1:
-        raise ValueError(f"got rank={rank}; expected at least 1")
-    if subspaces < 1:
-        raise ValueError(f"got num_subspaces={subspaces}; expected at least 1")
-    if config.partition == "none" and subspaces != 1:
-        raise ValueError(
-            f"got partition='none' with num_subspaces={subspaces}; expected num_subspaces=1, or "
-            "a partition that makes subspaces, such as 'spectral_blocks'"
-        )
-    if config.partition == "spectral_bands" and config.modulation == "none":
-        raise ValueError(
-            "got partition='spectral_bands' with modulation='none'; expected modulation='weight', "
-            "since a band is a part of the weight; use 'none' as partition for LoRA"
-        )
+    require(rank >= 1, f"rank={rank}", "at least 1")
+    require(subspaces >= 1, f"num_subspaces={subspaces}", "at least 1")
+    require(
+        config.partition != "none" or subspaces == 1,
+        f"partition='none' with num_subspaces={subspaces}",
+        "num_subspaces=1, or a partition that makes subspaces, such as 'spectral_blocks'",
+    )
+    require(
+        config.partition != "spectral_bands" or config.modulation != "none",
+        "partition='spectral_bands' with modulation='none'",
+        "modulation='weight', since a band is a part of the weight",
+        "use 'none' as partition for LoRA",
+    )
     if config.ranks:
-        if len(config.ranks) != subspaces or min(config.ranks) < 1:
-            raise ValueError(
-                f"got ranks={config.ranks}; expected {subspaces} positive ranks, one for each of "
-                f"num_subspaces={subspaces}"
-            )
-        if sum(config.ranks) != rank:
-            raise ValueError(
-                f"got ranks={config.ranks}, which sum to {sum(config.ranks)}; expected a sum of "
-                f"rank={rank}; change one of the two"
-            )
+        require(
+            len(config.ranks) == subspaces and min(config.ranks) >= 1,
+            f"ranks={config.ranks}",
+            f"{subspaces} positive ranks, one for each of num_subspaces={subspaces}",
+        )
+        require(
+            sum(config.ranks) == rank,
+            f"ranks={config.ranks}, which sum to {sum(config.ranks)}",
+            f"a sum of rank={rank}",
+            "change one of the two",
+        )
     for pattern, value in [("rank", rank), *config.rank_pattern.items()]:
-        if value < subspaces:
-            raise ValueError(
-                f"got rank {value} ({pattern}) for {subspaces} subspaces; expected at least one "
-                "rank for each; raise the rank or lower num_subspaces"
-            )
+        require(
+            value >= subspaces,
+            f"rank {value} ({pattern}) for {subspaces} subspaces",
+            "at least one rank for each",
+            "raise the rank or lower num_subspaces",
+        )
 
 
 def _check_numbers(config: SmoaConfig) -> None:
-    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha > 0):
-        raise ValueError(f"got alpha={config.alpha}; expected a positive number, or None for R")
-    if not 0.0 <= config.dropout < 1.0:
-        raise ValueError(f"got dropout={config.dropout}; expected 0 <= dropout < 1")
-    if any(layer < 0 for layer in config.layers) or len(set(config.layers)) != len(config.layers):
-        raise ValueError(f"got layers={config.layers}; expected distinct indices from 0")
+    require(
+        config.alpha is None or (math.isfinite(config.alpha) and config.alpha > 0),
+        f"alpha={config.alpha}",
+        "a positive number, or None for R",
+    )
+    require(0.0 <= config.dropout < 1.0, f"dropout={config.dropout}", "0 <= dropout < 1")
+    require(
+        not any(layer < 0 for layer in config.layers)
+        and len(set(config.layers)) == len(config.layers),
+        f"layers={config.layers}",
+        "distinct indices from 0",
+    )
 
 
 def _check_patterns(config: SmoaConfig) -> None:
-    if not config.target_modules:
-        raise ValueError(
-            "got empty target_modules; expected names such as 'q_proj', a regular expression or "
-            "'all-linear'"
-        )
+    require(
+        bool(config.target_modules),
+        "empty target_modules",
+        "names such as 'q_proj', a regular expression or 'all-linear'",
+    )
     regexes = [("rank_pattern", p) for p in config.rank_pattern]
     regexes += [("kernel_views", p) for p in config.kernel_views]
     for name in ("target_modules", "exclude_modules"):

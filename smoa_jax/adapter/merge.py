@@ -20,6 +20,7 @@ from smoa_jax.adapter.targets import lookup, replaced
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import SMOA_KEY, Modulation, Params
 from smoa_jax.adapter.views import View, view_of
+from smoa_jax.checks import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,11 +73,12 @@ def merge_smoa(params: Params, dtype: Any = None) -> Params:
         ValueError: if there is nothing to merge (merging twice).
     """
     modulations = find_modulations(params)
-    if not modulations:
-        raise ValueError(
-            "got params without any adapter; expected a tree from apply_smoa; it may have been "
-            "merged already, and merging twice would be wrong"
-        )
+    require(
+        bool(modulations),
+        "params without any adapter",
+        "a tree from apply_smoa",
+        "it may have been merged already, and merging twice would be wrong",
+    )
     merged = params
     for path, modulation, key in modulations.values():
         module = dict(lookup(merged, path))
@@ -93,8 +95,7 @@ def merge_report(params: Params, dtype: Any) -> dict[str, MergeLoss]:
         ValueError: if there is no adapter.
     """
     modulations = find_modulations(params)
-    if not modulations:
-        raise ValueError("got params without any adapter; expected a tree from apply_smoa")
+    require(bool(modulations), "params without any adapter", "a tree from apply_smoa")
     report = {}
     for name, (path, modulation, key) in modulations.items():
         kernel = lookup(params, path)[key]

@@ -25,12 +25,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Key
 
-from smoa_jax.adapter.types import Bands, Blocks, Modulation
+from smoa_jax.adapter.factors import gather_spread, spread_factors
+from smoa_jax.adapter.placement import modulation_specs
+from smoa_jax.adapter.products import HIGHEST, contract, contract_leading, instantiate
+from smoa_jax.adapter.types import Bands, Blocks, Modulation, tensor_fields
 from smoa_jax.adapter.views import parse_view
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from smoa_jax.checks import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ def modulated_matmul(
     x: jax.Array,
     kernel: jax.Array,
     modulation: Modulation,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Key[Array, ""] | None = None,
     sharding: MatmulSharding | None = None,
 ) -> jax.Array:
     """Multiply ``x`` by a kernel as its modulation adapts it.
@@ -88,43 +91,45 @@ def modulated_matmul(
     return _product(sharding, x, kernel, modulation, dropout_key)
 
 
-def dense_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x W`` in x's dtype, accumulated in float32; gradients are products in x's dtype too.
-
-    For layers without an adapter: ``jnp.dot`` with a float32 accumulator would multiply float32
-    cotangents in its backward.
-    """
-    return _dense(x, kernel)
-
-
-def residual(kernel: jax.Array, modulation: Modulation) -> jax.Array:
-    """``W' - W`` of one layer's ``(I, O)`` kernel in float32, at the highest precision."""
+def residual(kernel: Float[Array, "I O"], modulation: Modulation) -> Float[Array, "I O"]:
+    """``W' - W = s sum_m G_m * (A_m B_m^T)`` of one layer in float32, at the highest precision."""
     if modulation.weight_modulated:
         terms = (
-            _anchor(kernel, modulation, m) * _low_rank(modulation, m, _HIGHEST)
+            _anchor(kernel, modulation, m) * _low_rank(modulation, m)
             for m in range(_num_terms(modulation))
         )
         return functools.reduce(jnp.add, terms)
-    a, b = _masked_factors(modulation)
-    return _f32(modulation.scale) * _dot(a, b, 1, 1, _HIGHEST)
+    a, b = spread_factors(modulation)
+    return _f32(modulation.scale) * contract(a, b, 1, 1, HIGHEST)
 
 
 # --------------------------------------------------------------------------------- the product
+#
+# Letters: x (T, I) with T for all leading axes, W (I, O), A (I, R), B (O, R), y and dy (T, O);
+# x~ is x after dropout on the adapter's path. Where G is ones, A and B are spread (``factors.py``).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(sharding, x, kernel, modulation, dropout_key):
+def _product(
+    sharding: MatmulSharding | None,
+    x: Float[Array, "... I"],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dropout_key: Key[Array, ""] | None,
+) -> Float[Array, "... O"]:
+    """``y = x W + x~ (W' - W)``."""
     dropped = _dropout(x, dropout_key, modulation.dropout)
-    if not modulation.weight_modulated:
-        a, b = _masked_factors(modulation)
-        hidden = _dot(dropped, a.astype(x.dtype), -1, 0)
-        update = _dot((hidden * _f32(modulation.scale)).astype(x.dtype), b.astype(x.dtype), -1, 1)
-        return (_dot(x, kernel.astype(x.dtype), -1, 0) + update).astype(x.dtype)
+    if not modulation.weight_modulated:  # y = x W + s (x~ A) B^T
+        a, b = spread_factors(modulation)
+        hidden = contract(dropped, a.astype(x.dtype), -1, 0)
+        scaled = (hidden * _f32(modulation.scale)).astype(x.dtype)
+        update = contract(scaled, b.astype(x.dtype), -1, 1)
+        return (contract(x, kernel.astype(x.dtype), -1, 0) + update).astype(x.dtype)
     change = residual(kernel, modulation)
-    if dropout_key is None and x.dtype == jnp.float32:
-        return _dot(x, kernel.astype(jnp.float32) + change, -1, 0)
-    frozen = _dot(x, kernel.astype(x.dtype), -1, 0)
-    return (frozen + _dot(dropped, change.astype(x.dtype), -1, 0)).astype(x.dtype)
+    if dropout_key is None and x.dtype == jnp.float32:  # y = x W'
+        return contract(x, kernel.astype(jnp.float32) + change, -1, 0)
+    frozen = contract(x, kernel.astype(x.dtype), -1, 0)
+    return (frozen + contract(dropped, change.astype(x.dtype), -1, 0)).astype(x.dtype)
 
 
 def _product_forward(sharding, x, kernel, modulation, dropout_key):
@@ -137,19 +142,17 @@ def _product_forward(sharding, x, kernel, modulation, dropout_key):
 
 def _product_backward(sharding, saved, cotangent):
     (x_perturbed, kernel_perturbed), (x, kernel, modulation, dropout_key) = saved
-    cotangent = _instantiate(cotangent)
+    dy = instantiate(cotangent)
     dropped = _dropout(x, dropout_key, modulation.dropout)
-    dx = None
-    if x_perturbed:
-        dx = _input_gradient(x, kernel, modulation, dropout_key, cotangent)
+    dx = _input_gradient(kernel, modulation, dropout_key, dy) if x_perturbed else None
     if modulation.weight_modulated:
-        da, db = _contract(sharding, dropped, kernel, modulation, cotangent)
+        da, db = _factor_gradients_on_mesh(sharding, dropped, kernel, modulation, dy)
     else:
-        da, db = _low_rank_gradients(dropped, modulation, cotangent)
+        da, db = _low_rank_gradients(dropped, modulation, dy)
     dkernel = None
     if kernel_perturbed:
-        dkernel = _kernel_gradient(x, dropped, kernel, modulation, cotangent)
-    frozen = {f.name: None for f in dataclasses.fields(modulation) if not f.metadata.get("static")}
+        dkernel = _kernel_gradient(x, dropped, kernel, modulation, dy)
+    frozen = dict.fromkeys(tensor_fields(modulation))
     factors = {"a": da.astype(modulation.a.dtype), "b": db.astype(modulation.b.dtype)}
     return dx, dkernel, dataclasses.replace(modulation, **(frozen | factors)), None
 
@@ -157,56 +160,80 @@ def _product_backward(sharding, saved, cotangent):
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def _input_gradient(x, kernel, modulation, dropout_key, cotangent):
-    if not modulation.weight_modulated:
-        a, b = _masked_factors(modulation)
-        hidden = _dot(cotangent, b.astype(x.dtype), -1, 0) * _f32(modulation.scale)
-        path = _dot(hidden.astype(x.dtype), a.astype(x.dtype), -1, 1)
-    elif dropout_key is None:
+def _input_gradient(
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dropout_key: Key[Array, ""] | None,
+    dy: Float[Array, "... O"],
+) -> Float[Array, "... I"]:
+    """``dx = dy W^T + dropout(dy (W' - W)^T)``, in dy's dtype."""
+    dtype = dy.dtype
+    if not modulation.weight_modulated:  # dy (W' - W)^T = s (dy B) A^T
+        a, b = spread_factors(modulation)
+        hidden = contract(dy, b.astype(dtype), -1, 0) * _f32(modulation.scale)
+        path = contract(hidden.astype(dtype), a.astype(dtype), -1, 1)
+    elif dropout_key is None:  # dx = dy W'^T
         merged = kernel.astype(jnp.float32) + residual(kernel, modulation)
-        return _dot(cotangent, merged.astype(x.dtype), -1, 1).astype(x.dtype)
+        return contract(dy, merged.astype(dtype), -1, 1).astype(dtype)
     else:
-        path = _dot(cotangent, residual(kernel, modulation).astype(x.dtype), -1, 1)
+        path = contract(dy, residual(kernel, modulation).astype(dtype), -1, 1)
     path = _dropout(path, dropout_key, modulation.dropout)
-    return (_dot(cotangent, kernel.astype(x.dtype), -1, 1) + path).astype(x.dtype)
+    return (contract(dy, kernel.astype(dtype), -1, 1) + path).astype(dtype)
 
 
-def _low_rank_gradients(dropped, modulation, cotangent):
-    """Gradients of a and b without modulation: nothing weight-sized is formed."""
-    a, b = _masked_factors(modulation)
+def _low_rank_gradients(
+    dropped: Float[Array, "... I"], modulation: Modulation, dy: Float[Array, "... O"]
+) -> tuple[Float[Array, "I R"], Float[Array, "O R"]]:
+    """``dA = s x~^T (dy B)``, ``dB = s dy^T (x~ A)``: nothing weight-sized is formed."""
+    a, b = spread_factors(modulation)
     scale, dtype = _f32(modulation.scale), dropped.dtype
-    da = scale * _contract_leading(dropped, _dot(cotangent, b.astype(dtype), -1, 0).astype(dtype))
-    db = scale * _contract_leading(cotangent, _dot(dropped, a.astype(dtype), -1, 0).astype(dtype))
+    da = scale * contract_leading(dropped, contract(dy, b.astype(dtype), -1, 0).astype(dtype))
+    db = scale * contract_leading(dy, contract(dropped, a.astype(dtype), -1, 0).astype(dtype))
     if isinstance(modulation, Blocks):
         num_subspaces = modulation.ranks.shape[-1]
-        da = _unmask(da, modulation.in_block, num_subspaces)
-        db = _unmask(db, modulation.out_block, num_subspaces)
+        da = gather_spread(da, modulation.in_block, num_subspaces)
+        db = gather_spread(db, modulation.out_block, num_subspaces)
     return da, db
 
 
-def _contract(sharding, dropped, kernel, modulation, cotangent):
-    """dA and dB from x and dy, on each device alone when told where the operands lie."""
+def _factor_gradients(
+    dropped: Float[Array, "... I"],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dy: Float[Array, "... O"],
+) -> tuple[Float[Array, "M? I R"], Float[Array, "M? O R"]]:
+    """``P_m = s G_m * (x~^T dy)``, ``dA_m = P_m B_m``, ``dB_m = P_m^T A_m``."""
+    gradient = contract_leading(dropped, dy)  # (I, O) float32, of this layer alone
+    das, dbs = [], []
+    for m in range(_num_terms(modulation)):
+        product = _anchor(kernel, modulation, m) * gradient
+        a, b = _factors(modulation, m)
+        das.append(contract(product, b, 1, 0, HIGHEST))
+        dbs.append(contract(product, a, 0, 0, HIGHEST))
+    if isinstance(modulation, Bands):
+        return jnp.stack(das), jnp.stack(dbs)
+    return das[0], dbs[0]
+
+
+def _factor_gradients_on_mesh(
+    sharding: MatmulSharding | None,
+    dropped: Float[Array, "... I"],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dy: Float[Array, "... O"],
+) -> tuple[Float[Array, "M? I R"], Float[Array, "M? O R"]]:
+    """The same from each device's own rows and columns, summed where they meet: dA over batch and
+    outputs, dB over batch and inputs. Without a sharding the compiler chooses."""
     if sharding is None:
-        return _factor_gradients(dropped, kernel, modulation, cotangent)
-    spec = jax.sharding.PartitionSpec
+        return _factor_gradients(dropped, kernel, modulation, dy)
     batch, inputs, outputs = (
-        s or None for s in (sharding.batch, sharding.inputs, sharding.outputs)
+        axes or None for axes in (sharding.batch, sharding.inputs, sharding.outputs)
     )
     middle = (None,) * (dropped.ndim - 2)
-    specs = {
-        "a": spec(inputs),
-        "b": spec(outputs),
-        "in_block": spec(inputs),
-        "out_block": spec(outputs),
-        "bands": spec(None, inputs, outputs),
-    }
-    if isinstance(modulation, Bands):
-        specs |= {"a": spec(None, inputs), "b": spec(None, outputs)}
-    names = [f.name for f in dataclasses.fields(modulation) if not f.metadata.get("static")]
-    node_specs = dataclasses.replace(modulation, **{n: specs.get(n, spec()) for n in names})
+    node_specs = modulation_specs(modulation, None, inputs, outputs)
 
-    def local(dropped, kernel, modulation, cotangent):
-        da, db = _factor_gradients(dropped, kernel, modulation, cotangent)
+    def local(dropped, kernel, modulation, dy):
+        da, db = _factor_gradients(dropped, kernel, modulation, dy)
         da_axes, db_axes = sharding.batch + sharding.outputs, sharding.batch + sharding.inputs
         da = jax.lax.psum(da, da_axes) if da_axes else da
         return da, jax.lax.psum(db, db_axes) if db_axes else db
@@ -215,65 +242,35 @@ def _contract(sharding, dropped, kernel, modulation, cotangent):
         local,
         mesh=sharding.mesh,
         in_specs=(
-            spec(batch, *middle, inputs),
-            spec(inputs, outputs),
+            PartitionSpec(batch, *middle, inputs),
+            PartitionSpec(inputs, outputs),
             node_specs,
-            spec(batch, *middle, outputs),
+            PartitionSpec(batch, *middle, outputs),
         ),
-        out_specs=(specs["a"], specs["b"]),
+        out_specs=(node_specs.a, node_specs.b),
         check_vma=False,
-    )(dropped, kernel, modulation, cotangent)
+    )(dropped, kernel, modulation, dy)
 
 
-def _factor_gradients(dropped, kernel, modulation, cotangent):
-    gradient = _contract_leading(dropped, cotangent)  # (I, O) float32, of this layer alone
-    das, dbs = [], []
-    for m in range(_num_terms(modulation)):
-        product = _anchor(kernel, modulation, m) * gradient
-        a, b = _factors(modulation, m)
-        das.append(_dot(product, b, 1, 0, _HIGHEST))
-        dbs.append(_dot(product, a, 0, 0, _HIGHEST))
-    if isinstance(modulation, Bands):
-        return jnp.stack(das), jnp.stack(dbs)
-    return das[0], dbs[0]
+def _kernel_gradient(
+    x: Float[Array, "... I"],
+    dropped: Float[Array, "... I"],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dy: Float[Array, "... O"],
+) -> Float[Array, "I O"]:
+    """``dW = x^T dy + (x~^T dy) * dG/dW * s (A B^T)``, for those who differentiate the whole tree.
 
-
-def _kernel_gradient(x, dropped, kernel, modulation, cotangent):
-    """Gradient of W, for those who differentiate the whole tree; bands W_1.. count as constants."""
-    gradient = _contract_leading(x, cotangent)
+    G is W, or for the last band W less the others, which count as constants.
+    """
+    gradient = contract_leading(x, dy)
     if modulation.weight_modulated:
         last = _num_terms(modulation) - 1
         ones = jnp.ones((), jnp.float32)
-        factor = _anchor(ones, modulation, last) * _low_rank(modulation, last, _HIGHEST)
-        path = gradient if dropped is x else _contract_leading(dropped, cotangent)
+        factor = _anchor(ones, modulation, last) * _low_rank(modulation, last)
+        path = gradient if dropped is x else contract_leading(dropped, dy)
         gradient = gradient + path * factor
     return gradient.astype(kernel.dtype)
-
-
-@jax.custom_vjp
-def _dense(x, kernel):
-    return _dot(x, kernel.astype(x.dtype), -1, 0).astype(x.dtype)
-
-
-def _dense_forward(x, kernel):
-    perturbed = kernel.perturbed
-    return _dense(x.value, kernel.value), (
-        x.perturbed,
-        x.value if perturbed else None,
-        kernel.value,
-    )
-
-
-def _dense_backward(saved, cotangent):
-    x_perturbed, x, kernel = saved
-    cotangent = _instantiate(cotangent)
-    dtype = cotangent.dtype
-    dx = _dot(cotangent, kernel.astype(dtype), -1, 1).astype(dtype) if x_perturbed else None
-    dkernel = None if x is None else _contract_leading(x, cotangent).astype(kernel.dtype)
-    return dx, dkernel
-
-
-_dense.defvjp(_dense_forward, _dense_backward, symbolic_zeros=True)
 
 
 # ------------------------------------------------------------------------- parts of the formula
@@ -290,59 +287,33 @@ def _factors(modulation: Modulation, m: int) -> tuple[jax.Array, jax.Array]:
     return modulation.a, modulation.b
 
 
-def _low_rank(modulation: Modulation, m: int, precision) -> jax.Array:
+def _low_rank(modulation: Modulation, m: int) -> Float[Array, "I O"]:
+    """``A_m B_m^T``."""
     a, b = _factors(modulation, m)
-    return _dot(a, b, 1, 1, precision)
+    return contract(a, b, 1, 1, HIGHEST)
 
 
-def _anchor(kernel: jax.Array, modulation: Modulation, m: int) -> jax.Array:
-    """``s * G_m`` in float32; for blocks all G_m at once, since at most one is not zero."""
-    scale = _f32(modulation.scale)
+def _anchor(
+    kernel: Float[Array, "I O"] | Float[Array, ""], modulation: Modulation, m: int
+) -> Float[Array, "I O"] | Float[Array, ""]:
+    """``s G_m`` in float32; for blocks all G_m at once, since at most one is not zero.
+
+    With the number 1 for the kernel: its derivative by the weight, the last band's of bands.
+    """
+    scale, weight = _f32(modulation.scale), _f32(kernel)
     if isinstance(modulation, Blocks):
         same = modulation.in_block[:, None] == modulation.out_block[None, :]
-        return jnp.where(same, scale * _f32(kernel), 0.0)
-    if isinstance(modulation, Bands):
-        last = modulation.ranks.shape[-1] - 1
-        if m < last:
-            return scale * _f32(modulation.bands[m])
-        if kernel.ndim == 0:  # derivative of the last band by the weight
-            return scale * _f32(kernel)
-        return scale * (_f32(kernel) - _f32(modulation.bands).sum(axis=0))
-    return scale * _f32(kernel)
+        return jnp.where(same, scale * weight, 0.0)
+    if isinstance(modulation, Bands) and m < modulation.ranks.shape[-1] - 1:
+        return scale * _f32(modulation.bands[m])
+    if isinstance(modulation, Bands) and weight.ndim:
+        return scale * (weight - _f32(modulation.bands).sum(axis=0))
+    return scale * weight
 
 
-def _masked_factors(modulation: Modulation) -> tuple[jax.Array, jax.Array]:
-    """Factors whose plain product is the update without modulation: A~, B~ of method.md."""
-    if not isinstance(modulation, Blocks):
-        return modulation.a, modulation.b
-    num_subspaces = modulation.ranks.shape[-1]
-    return (
-        _mask(modulation.a, modulation.in_block, num_subspaces),
-        _mask(modulation.b, modulation.out_block, num_subspaces),
-    )
-
-
-def _mask(factor: jax.Array, block: jax.Array, num_subspaces: int) -> jax.Array:
-    """(..., n, R_m) -> (..., n, M * R_m): each row in its own block's columns, zeros elsewhere."""
-    own = _membership(block, num_subspaces)
-    masked = jnp.where(own[..., None], factor[..., :, None, :], 0)
-    return masked.reshape(*factor.shape[:-1], num_subspaces * factor.shape[-1])
-
-
-def _membership(block: jax.Array, num_subspaces: int) -> jax.Array:
-    """(..., n) block ids -> (..., n, M) booleans."""
-    ids = jnp.arange(num_subspaces, dtype=block.dtype)
-    return block[..., None] == ids.reshape((1,) * block.ndim + (num_subspaces,))
-
-
-def _unmask(gradient: jax.Array, block: jax.Array, num_subspaces: int) -> jax.Array:
-    """The transpose of ``_mask``."""
-    own = _membership(block, num_subspaces)
-    split = gradient.reshape(gradient.shape[0], num_subspaces, -1)
-    return jnp.where(own[..., None], split, 0).sum(axis=1)
-
-
-def _dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+def _dropout(
+    x: Float[Array, "... I"], key: Key[Array, ""] | None, rate: float
+) -> Float[Array, "... I"]:
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -353,42 +324,8 @@ def _f32(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 
-def _instantiate(cotangent: Any) -> jax.Array:
-    """A cotangent as an array: JAX hands over symbolic zeros where nothing depends on y."""
-    if isinstance(cotangent, SymbolicZero):
-        aval: Any = cotangent.aval
-        return jnp.zeros(aval.shape, aval.dtype)
-    return cotangent
-
-
 def _is_primal(value: Any) -> bool:
     return hasattr(value, "perturbed")
-
-
-def _dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, precision=None):
-    """Contract one axis of each, accumulating in float32.
-
-    float32 operands are multiplied at the highest precision, bf16 ones exactly as they are.
-    """
-    if precision is None and left.dtype == jnp.float32:
-        precision = _HIGHEST
-    axes = (((left_axis % left.ndim,), (right_axis % right.ndim,)), ((), ()))
-    return jax.lax.dot_general(
-        left, right, axes, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _contract_leading(left: jax.Array, right: jax.Array) -> jax.Array:
-    """``sum_t left[t, i] right[t, o]`` over all leading axes, in float32."""
-    leading = tuple(range(left.ndim - 1))
-    precision = _HIGHEST if left.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left,
-        right,
-        ((leading, leading), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
 
 
 # -------------------------------------------------------------------------------- shapes and views
@@ -398,11 +335,12 @@ def _viewed_matmul(x, kernel, modulation, dropout_key, sharding):
     view = parse_view(modulation.view).of_one_layer()
     _, inputs, outputs = view.split(kernel.shape)
     leading = x.shape[: x.ndim - len(inputs)]
-    if x.shape[len(leading) :] != inputs:
-        raise ValueError(
-            f"got x of shape {x.shape}; expected (..., {', '.join(map(str, inputs))}), the input "
-            f"axes of a kernel {kernel.shape} seen as {modulation.view!r}"
-        )
+    require(
+        x.shape[len(leading) :] == inputs,
+        f"x of shape {x.shape}",
+        f"(..., {', '.join(map(str, inputs))}), the input axes of a kernel {kernel.shape} seen as "
+        f"{modulation.view!r}",
+    )
     plain = dataclasses.replace(modulation, view="")
     flat = x.reshape(*leading, modulation.a.shape[-2])
     y = modulated_matmul(flat, view.to_matrix(kernel), plain, dropout_key, sharding)
@@ -411,22 +349,15 @@ def _viewed_matmul(x, kernel, modulation, dropout_key, sharding):
 
 def _check_shapes(x: jax.Array, kernel: jax.Array, modulation: Modulation) -> None:
     inputs, outputs = modulation.a.shape[-2], modulation.b.shape[-2]
-    expected_ndim = 3 if isinstance(modulation, Bands) else 2
-    if modulation.a.ndim != expected_ndim:
-        raise ValueError(
-            f"got a modulation with a{modulation.a.shape}; expected {expected_ndim} axes, one "
-            "layer's; index or scan the stacked node first"
-        )
-    if kernel.shape != (inputs, outputs) or x.shape[-1] != inputs:
-        raise ValueError(
-            f"got x{x.shape} and kernel{kernel.shape} for a modulation of a ({inputs}, {outputs}) "
-            f"kernel; expected x(..., {inputs}) and kernel({inputs}, {outputs})"
-        )
-
-
-__all__ = [
-    "MatmulSharding",
-    "dense_matmul",
-    "modulated_matmul",
-    "residual",
-]
+    ndim = 3 if isinstance(modulation, Bands) else 2
+    require(
+        modulation.a.ndim == ndim,
+        f"a modulation with a{modulation.a.shape}",
+        f"{ndim} axes, one layer's",
+        "index or scan the stacked node first",
+    )
+    require(
+        kernel.shape == (inputs, outputs) and x.shape[-1] == inputs,
+        f"x{x.shape} and kernel{kernel.shape} for a modulation of a ({inputs}, {outputs}) kernel",
+        f"x(..., {inputs}) and kernel({inputs}, {outputs})",
+    )

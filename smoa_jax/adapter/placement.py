@@ -13,7 +13,8 @@ import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from smoa_jax.adapter.types import Bands, Modulation
+from smoa_jax.adapter.types import TRAINABLE_FIELDS, Bands, Modulation, tensor_fields
+from smoa_jax.checks import require
 
 _I, _O = "inputs", "outputs"
 #: Axes of each field of a modulation, after the kernel's layer axis.
@@ -30,33 +31,38 @@ _FIELD_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
+def modulation_specs(modulation: Modulation, layers: Any, inputs: Any, outputs: Any) -> Any:
+    """The ``PartitionSpec`` of each tensor, from the mesh axes of its kernel's axes.
+
+    A node of one layer has no axis for ``layers``.
+    """
+    named = {_I: inputs, _O: outputs, None: None}
+    specs = {}
+    for name, leaf in tensor_fields(modulation).items():
+        axes = _FIELD_AXES[name]
+        if name in TRAINABLE_FIELDS and isinstance(modulation, Bands):
+            axes = (None, *axes)
+        leading = (layers,) if len(leaf.shape) > len(axes) else ()
+        specs[name] = PartitionSpec(*leading, *(named[axis] for axis in axes))
+    return dataclasses.replace(modulation, **specs)
+
+
 def modulation_shardings(modulation: Modulation, kernel: NamedSharding) -> Modulation:
     """Shardings of an adapter's tensors from that of their ``(L?, I, O)`` kernel.
 
     Raises:
         ValueError: for a kernel with a view, whose axes don't tell where inputs and outputs lie.
     """
-    if modulation.view:
-        raise ValueError(
-            f"got an adapter whose kernel has the view {modulation.view!r}; expected a kernel "
-            "(I, O) or (L, I, O), whose sharding its adapter's can follow; give the sharding of "
-            "each tensor yourself"
-        )
-    layers, inputs, outputs = (None, *kernel.spec) if len(kernel.spec) == 2 else kernel.spec
-    named = {_I: inputs, _O: outputs, None: None}
-    shardings = {}
-    for field in dataclasses.fields(modulation):
-        leaf = getattr(modulation, field.name)
-        if field.metadata.get("static"):
-            continue
-        axes = _FIELD_AXES[field.name]
-        if field.name in ("a", "b") and isinstance(modulation, Bands):
-            axes = (None, *axes)
-        spec = [named[axis] for axis in axes]
-        if len(leaf.shape) == len(axes) + 1:
-            spec.insert(0, layers)
-        shardings[field.name] = NamedSharding(kernel.mesh, PartitionSpec(*spec))
-    return dataclasses.replace(modulation, **shardings)
+    require(
+        not modulation.view,
+        f"an adapter whose kernel has the view {modulation.view!r}",
+        "a kernel (I, O) or (L, I, O), whose sharding its adapter's can follow",
+        "give the sharding of each tensor yourself",
+    )
+    axes = (None, *kernel.spec) if len(kernel.spec) == 2 else kernel.spec
+    return jax.tree.map(
+        lambda spec: NamedSharding(kernel.mesh, spec), modulation_specs(modulation, *axes)
+    )
 
 
 def full_spec(sharding: NamedSharding, ndim: int) -> PartitionSpec:
@@ -70,5 +76,5 @@ def placed_like(kernel: Any, modulation: Modulation) -> Modulation:
     sharding = kernel.sharding if concrete else None
     if not isinstance(sharding, NamedSharding) or modulation.view:
         return modulation
-    whole = NamedSharding(sharding.mesh, full_spec(sharding, kernel.ndim))
-    return jax.device_put(modulation, modulation_shardings(modulation, whole))
+    of_kernel = NamedSharding(sharding.mesh, full_spec(sharding, kernel.ndim))
+    return jax.device_put(modulation, modulation_shardings(modulation, of_kernel))

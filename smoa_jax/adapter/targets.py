@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.types import SMOA_KEY, Params, is_modulation
 from smoa_jax.adapter.views import View, view_of
+from smoa_jax.checks import refuse, require
 
 KERNEL_KEY = "kernel"
 _HEADS_AND_EMBEDDINGS = {"lm_head", "head", "logits", "embed_tokens", "embedder", "embed", "wte"}
@@ -31,6 +32,7 @@ class Target:
     path: tuple[str, ...]  # of the module, the dict that holds kernel and smoa
     key: str  # the kernel's own key in it
     shape: tuple[int, ...]
+    dtype: Any
     view: View
     view_text: str
     rank: int
@@ -43,6 +45,11 @@ class Target:
         return ".".join(self.path)
 
     @property
+    def kernel_path(self) -> tuple[str, ...]:
+        """From the root of the tree to the kernel."""
+        return (*self.path, self.key)
+
+    @property
     def matrix_shape(self) -> tuple[int, ...]:
         """``(L?, I, O)``."""
         return self.view.matrix_shape(self.shape)
@@ -53,25 +60,28 @@ class Target:
         return self.matrix_shape[:-2]
 
 
-def walk(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def walk(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every leaf or modulation of a nested dict with its path, in the dict's order.
 
     Raises:
         ValueError: for a list or tuple, whose kernels would go unseen.
     """
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from walk(value, (*path, key))
         elif type(value) in (list, tuple):
-            raise ValueError(
-                f"got a {type(value).__name__} at {'.'.join((*path, key))}; expected nested dicts "
-                "of arrays; make it a dict, such as {'0': ..., '1': ...}"
+            refuse(
+                f"a {type(value).__name__} at {'.'.join((*path, key))}",
+                "nested dicts of arrays",
+                "make it a dict, such as {'0': ..., '1': ...}",
             )
         else:
             yield (*path, key), value
 
 
-def lookup(params: Params, path: tuple[str, ...]) -> Any:
+def lookup(params: Params, path: Sequence[str]) -> Any:
     """What lies at the end of ``path``."""
     for key in path:
         params = params[key]
@@ -79,10 +89,10 @@ def lookup(params: Params, path: tuple[str, ...]) -> Any:
 
 
 def replaced(params: Params, path: tuple[str, ...], value: Any) -> Params:
-    """A copy of the dicts along ``path`` with ``value`` at its end."""
+    """A copy of the dicts along ``path`` with ``value`` at its end, whether or not it had one."""
     if not path:
         return value
-    return {**params, path[0]: replaced(params[path[0]], path[1:], value)}
+    return {**params, path[0]: replaced(params.get(path[0], {}), path[1:], value)}
 
 
 def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
@@ -91,149 +101,106 @@ def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
     Raises:
         ValueError: if there is none, or if any name, pattern or layer matches nothing.
     """
-    kernels, used_views = _kernels(params, config)
-    _require_all_used("kernel_views", config.kernel_views, used_views, kernels)
-    names = {".".join(path): (path, key, leaf, text) for path, key, leaf, text in kernels}
-    chosen = _match("target_modules", config.target_modules, list(names))
+    kernels = _kernels(params, config)
+    chosen = _match("target_modules", config.target_modules, list(kernels))
     if config.exclude_modules:
-        chosen -= _match("exclude_modules", config.exclude_modules, list(names))
-    if not chosen:
-        raise ValueError(
-            f"got target_modules={config.target_modules!r} with exclude_modules="
-            f"{config.exclude_modules!r}, which leave no kernel; expected at least one"
-        )
-    used_patterns: set[str] = set()
-    targets = []
-    depth = 0  # of the deepest stack among those chosen
-    numbers: set[int] = set()  # of the layers that are not stacked
-    for name in sorted(chosen):
-        path, key, leaf, text = names[name]
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"got a kernel of {leaf.dtype} at {name}; expected floating weights, since a merge "
-                "would round the update away; dequantise the base, or exclude the kernel"
-            )
-        rank = config.rank
-        for pattern, value in config.rank_pattern.items():
-            if re.fullmatch(pattern, name):
-                rank = value
-                used_patterns.add(pattern)
-                break
-        view = view_of(text, len(leaf.shape), name)
-        leading = view.matrix_shape(leaf.shape)[:-2]
-        depth = max(depth, *leading, 0)
-        if not leading:
-            numbers |= _layer_number(name)
-        selected = _selected_layers(config.layers, name, leading)
-        if any(selected):
-            ranks = config.subspace_ranks(rank, name)
-            target = Target(path, key, tuple(leaf.shape), view, text, rank, ranks, selected)
-            targets.append(target)
-    _require_all_used("rank_pattern", config.rank_pattern, used_patterns, kernels)
-    _check_layers(config.layers, targets, {*range(depth), *numbers})
-    for target in targets:
-        check_capacity(target, config)
-    return targets
+        chosen -= _match("exclude_modules", config.exclude_modules, list(kernels))
+    targets = [_target(name, kernels[name], config) for name in sorted(chosen)]
+    selected = [target for target in targets if any(target.selected)]
+    _check_patterns(params, config, list(kernels), targets)
+    _check_layers(config.layers, targets, selected)
+    for target in selected:
+        _check_capacity(target, config)
+    return selected
 
 
-def check_capacity(target: Target, config: SmoaConfig) -> None:
-    """Refuse a partition or rank that the kernel cannot hold."""
-    inputs, outputs = target.matrix_shape[-2:]
-    subspaces = config.num_subspaces
-    if subspaces > min(inputs, outputs):
-        raise ValueError(
-            f"got num_subspaces={subspaces} for {target.name}, whose kernel is {inputs} x "
-            f"{outputs}; expected at most {min(inputs, outputs)}; lower it or exclude the kernel"
-        )
-    for subspace, rank in enumerate(target.subspace_ranks):
-        block = (inputs, outputs)
-        if config.has_blocks:
-            block = tuple(
-                size // subspaces + (subspace < size % subspaces) for size in (inputs, outputs)
-            )
-        if rank > min(block):
-            raise ValueError(
-                f"got rank {rank} for subspace {subspace} of {target.name}, which is {block[0]} x "
-                f"{block[1]}; expected at most {min(block)}; lower the rank, or give this kernel "
-                "its own in rank_pattern"
-            )
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A leaf that could be adapted."""
+
+    path: tuple[str, ...]  # of the leaf
+    leaf: Any
+    view_text: str
 
 
-def _kernels(params: Params, config: SmoaConfig):
-    """Every leaf that could be adapted: (module path, key, leaf, view text)."""
-    if not isinstance(params, dict):
-        raise ValueError(
-            f"got params of type {type(params).__name__}; expected a nested dict of arrays; "
-            "unwrap other containers first"
-        )
-    used: set[str] = set()
-    found = []
+def _kernels(params: Params, config: SmoaConfig) -> dict[str, _Kernel]:
+    """Every leaf that could be adapted, by the dotted path of its module."""
+    require(
+        isinstance(params, dict),
+        f"params of type {type(params).__name__}",
+        "a nested dict of arrays",
+        "unwrap other containers first",
+    )
+    found: dict[str, _Kernel] = {}
     for path, leaf in walk(params):
-        if is_modulation(leaf):
-            raise ValueError(
-                f"got params that already hold an adapter ({'.'.join(path)}); expected base "
-                "params; merge it first, or start from the base"
+        require(
+            not is_modulation(leaf),
+            f"params that already hold an adapter ({'.'.join(path)})",
+            "base params",
+            "merge it first, or start from the base",
+        )
+        text = config.kernel_views.get(_view_pattern(path, config) or "", "")
+        if len(leaf.shape) >= 2 and (path[-1] == KERNEL_KEY or text):
+            name = ".".join(path[:-1])
+            require(
+                name not in found,
+                f"two viewed kernels in module {name}",
+                f"one, since their adapter lies beside them under {SMOA_KEY!r}",
+                "narrow the pattern in kernel_views",
             )
-        text = ""
-        for pattern, view in config.kernel_views.items():
-            if re.fullmatch(pattern, ".".join(path)) or re.fullmatch(pattern, ".".join(path[:-1])):
-                text = view
-                used.add(pattern)
-                break
-        is_kernel = path[-1] == KERNEL_KEY and len(leaf.shape) >= 2
-        if is_kernel or (text and len(leaf.shape) >= 2):
-            found.append((path[:-1], path[-1], leaf, text))
-    modules = [path for path, *_ in found]
-    for path in modules:
-        if modules.count(path) > 1:
-            raise ValueError(
-                f"got two viewed kernels in module {'.'.join(path)}; expected one, since their "
-                f"adapter lies beside them under {SMOA_KEY!r}; narrow the pattern in kernel_views"
-            )
-    return found, used
+            found[name] = _Kernel(path, leaf, text)
+    return found
+
+
+def _target(name: str, kernel: _Kernel, config: SmoaConfig) -> Target:
+    """What the adapter of a kernel looks like."""
+    shape, dtype = tuple(kernel.leaf.shape), kernel.leaf.dtype
+    require(
+        jnp.issubdtype(dtype, jnp.floating),
+        f"a kernel of {dtype} at {name}",
+        "floating weights, since a merge would round the update away",
+        "dequantise the base, or exclude the kernel",
+    )
+    pattern = _first_match(config.rank_pattern, name)
+    rank = config.rank if pattern is None else config.rank_pattern[pattern]
+    view = view_of(kernel.view_text, len(shape), name)
+    return Target(
+        path=kernel.path[:-1],
+        key=kernel.path[-1],
+        shape=shape,
+        dtype=dtype,
+        view=view,
+        view_text=kernel.view_text,
+        rank=rank,
+        subspace_ranks=config.subspace_ranks(rank, name),
+        selected=_selected_layers(config.layers, name, view.matrix_shape(shape)[:-2]),
+    )
 
 
 def _match(field: str, wanted: str | Sequence[str], names: list[str]) -> set[str]:
+    """The names that ``target_modules`` or ``exclude_modules`` mean."""
     if isinstance(wanted, str):
         if wanted == "all-linear":
             return {n for n in names if not _HEADS_AND_EMBEDDINGS & set(n.split("."))}
         chosen = {name for name in names if re.fullmatch(wanted, name)}
-        if not chosen:
-            raise ValueError(_nothing_matches(field, wanted, names, is_regex=True))
+        _check_matches(field, wanted, chosen, names, is_regex=True)
         return chosen
     chosen: set[str] = set()
     for suffix in wanted:
         matched = {name for name in names if name == suffix or name.endswith("." + suffix)}
-        if not matched:
-            raise ValueError(_nothing_matches(field, suffix, names, is_regex=False))
+        _check_matches(field, suffix, matched, names, is_regex=False)
         chosen |= matched
     return chosen
 
 
-def _nothing_matches(field: str, pattern: str, names: list[str], *, is_regex: bool) -> str:
-    last = {name.rsplit(".", 1)[-1] for name in names}
-    if is_regex and any(name.endswith("." + pattern) for name in names):
-        listed = f", or a list such as ['{pattern}']" if field.endswith("modules") else ""
-        return (
-            f"got {field} {pattern!r}, which matches no kernel, since a regular expression must "
-            f"match a whole dotted path; expected one such as '.*\\.{pattern}'{listed}"
-        )
-    near = difflib.get_close_matches(pattern, sorted(last | set(names)), n=3, cutoff=0.4)
-    seen = ", ".join(near) if near else ", ".join(sorted(last)[:12]) or "no kernels at all"
-    word = "near misses" if near else "kernels there are"
-    kinds = "a regular expression for a whole dotted path"
-    if field.endswith("modules"):
-        kinds = f"the end of a dotted path (in a list), {kinds} (a string) or 'all-linear'"
-    return (
-        f"got {field} entry {pattern!r}, which matches no kernel; expected {kinds}; {word}: {seen}"
-    )
+def _first_match(patterns: Iterable[str], *names: str) -> str | None:
+    """The first regular expression that matches one of the names whole."""
+    return next((p for p in patterns if any(re.fullmatch(p, name) for name in names)), None)
 
 
-def _require_all_used(field: str, patterns, used: set[str], kernels) -> None:
-    for pattern in patterns:
-        if pattern not in used:
-            names = [".".join(path) for path, *_ in kernels]
-            raise ValueError(_nothing_matches(field, pattern, names, is_regex=True))
+def _view_pattern(path: tuple[str, ...], config: SmoaConfig) -> str | None:
+    """The entry of ``kernel_views`` for a leaf: by its own path or its module's."""
+    return _first_match(config.kernel_views, ".".join(path), ".".join(path[:-1]))
 
 
 def _selected_layers(
@@ -252,16 +219,90 @@ def _layer_number(name: str) -> set[int]:
     return {int(number) for number in re.findall(r"(?:^|[._])(\d+)(?=\.|$)", name)[:1]}
 
 
-def _check_layers(layers: tuple[int, ...], targets: list[Target], known: set[int]) -> None:
-    if not layers:
+# ------------------------------------------------------------------------------------- refusals
+
+
+def _check_matches(
+    field: str, pattern: str, matched: set[Any], names: list[str], *, is_regex: bool
+) -> None:
+    """Refuse a name or pattern that matches nothing, with near misses."""
+    if matched:
         return
-    unknown = [layer for layer in layers if layer not in known]
-    if known and unknown:
-        raise ValueError(
-            f"got layers={layers}, of which {', '.join(map(str, unknown))} is no layer of the "
-            f"targeted kernels; expected indices from {min(known)} to {max(known)}"
+    what, last = f"{field} {pattern!r}", {name.rsplit(".", 1)[-1] for name in names}
+    is_module = field.endswith("modules")
+    if is_regex and any(name.endswith("." + pattern) for name in names):
+        refuse(
+            f"{what}, which matches no kernel, since a regular expression must match a whole "
+            "dotted path",
+            f"one such as '.*\\.{pattern}'" + (f", or a list such as ['{pattern}']" * is_module),
         )
-    if unknown or not targets:
-        raise ValueError(
-            f"got layers={layers}, which select no layer; expected indices of existing layers"
+    near = difflib.get_close_matches(pattern, sorted(last | set(names)), n=3, cutoff=0.4)
+    kinds = "a regular expression for a whole dotted path"
+    if is_module:
+        kinds = f"the end of a dotted path (in a list), {kinds} (a string) or 'all-linear'"
+    refuse(
+        f"{field} entry {pattern!r}, which matches no kernel",
+        kinds,
+        f"near misses: {', '.join(near)}"
+        if near
+        else f"kernels there are: {', '.join(sorted(last)[:12]) or 'no kernels at all'}",
+    )
+
+
+def _check_patterns(
+    params: Params, config: SmoaConfig, names: list[str], targets: list[Target]
+) -> None:
+    """Refuse patterns of views and ranks that apply to nothing, and targets that are none."""
+    used = {
+        "kernel_views": {_view_pattern(path, config) for path, _ in walk(params)},
+        "rank_pattern": {_first_match(config.rank_pattern, target.name) for target in targets},
+    }
+    for field, patterns in used.items():
+        for pattern in getattr(config, field):
+            _check_matches(field, pattern, patterns & {pattern}, names, is_regex=True)
+    require(
+        bool(targets),
+        f"target_modules={config.target_modules!r} with exclude_modules="
+        f"{config.exclude_modules!r}, which leave no kernel",
+        "at least one",
+    )
+
+
+def _check_layers(layers: tuple[int, ...], targets: list[Target], selected: list[Target]) -> None:
+    """Refuse layers that no target has."""
+    known: set[int] = set()
+    for target in targets:
+        known |= set(range(target.leading[0])) if target.leading else _layer_number(target.name)
+    unknown = [str(layer) for layer in layers if layer not in known]
+    if known and unknown:
+        refuse(
+            f"layers={layers}, of which {', '.join(unknown)} is no layer of the targeted kernels",
+            f"indices from {min(known)} to {max(known)}",
+        )
+    require(
+        not unknown and bool(selected),
+        f"layers={layers}, which select no layer",
+        "indices of existing layers",
+    )
+
+
+def _check_capacity(target: Target, config: SmoaConfig) -> None:
+    """Refuse a partition or rank that the kernel cannot hold."""
+    inputs, outputs = target.matrix_shape[-2:]
+    subspaces = config.num_subspaces
+    require(
+        subspaces <= min(inputs, outputs),
+        f"num_subspaces={subspaces} for {target.name}, whose kernel is {inputs} x {outputs}",
+        f"at most {min(inputs, outputs)}",
+        "lower it or exclude the kernel",
+    )
+    sizes = config.subspace_shapes(inputs, outputs)
+    for subspace, (rank, (rows, columns)) in enumerate(
+        zip(target.subspace_ranks, sizes, strict=True)
+    ):
+        require(
+            rank <= min(rows, columns),
+            f"rank {rank} for subspace {subspace} of {target.name}, which is {rows} x {columns}",
+            f"at most {min(rows, columns)}",
+            "lower the rank, or give this kernel its own in rank_pattern",
         )

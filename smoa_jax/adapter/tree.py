@@ -17,6 +17,7 @@ Nothing else changes, no model class is known, and abstract trees work as concre
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from typing import Any
@@ -26,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
+from smoa_jax.adapter.factors import used_columns
 from smoa_jax.adapter.placement import placed_like
-from smoa_jax.adapter.planning.spectra import BandParts, BlockScores, Spectra, plan_spectra
-from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced
+from smoa_jax.adapter.planning.spectra import plan_targets
+from smoa_jax.adapter.planning.stack import BandParts, BlockScores, Spectra, abstract_spectrum
+from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced, walk
 from smoa_jax.adapter.types import (
     SMOA_KEY,
     TRAINABLE_FIELDS,
@@ -39,6 +42,7 @@ from smoa_jax.adapter.types import (
     Params,
     is_modulation,
 )
+from smoa_jax.checks import require
 
 
 def apply_smoa(
@@ -68,27 +72,35 @@ def apply_smoa(
         ValueError: for targets, ranks or spectra that do not fit ``base_params``.
     """
     targets = find_targets(base_params, config)
-    kernels = [lookup(base_params, target.path)[target.key] for target in targets]
     if spectra is None:
-        spectra = plan_spectra(base_params, config)
+        spectra = plan_targets(targets, base_params, config)
     _check_spectra(spectra, targets, config)
-    abstract = any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels)
+    abstract = any(
+        isinstance(lookup(base_params, target.kernel_path), jax.ShapeDtypeStruct)
+        for target in targets
+    )
     params = base_params
     for target in targets:
-
-        def build(key: jax.Array, spectrum: Any, target: Target = target) -> Modulation:
-            path_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
-            return _initial(target, config, path_key, spectrum)
-
-        spectrum = spectra.get(target.name)
-        module = dict(lookup(params, target.path))
+        path_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
+        build = functools.partial(_initial, target, config)
         if abstract:
-            node = jax.eval_shape(build, key, spectrum)
+            node = jax.eval_shape(build, path_key, spectra.get(target.name))
         else:
-            node = placed_like(module[target.key], build(key, spectrum))
-        module[SMOA_KEY] = node
-        params = replaced(params, target.path, module)
+            node = build(path_key, spectra.get(target.name))
+            node = placed_like(lookup(params, target.kernel_path), node)
+        params = replaced(params, (*target.path, SMOA_KEY), node)
     return params
+
+
+def abstract_modulations(targets: list[Target], config: SmoaConfig) -> list[Modulation]:
+    """What ``apply_smoa`` would put beside each target, of ``ShapeDtypeStruct``."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return [
+        jax.eval_shape(
+            functools.partial(_initial, target, config), key, abstract_spectrum(target, config)
+        )
+        for target in targets
+    ]
 
 
 def trainable_mask(params: Params) -> Params:
@@ -127,12 +139,13 @@ def combine(trainable: Params, frozen: Params) -> Params:
     """
 
     def pick(path: Any, left: Any, right: Any) -> Any:
-        if (left is None) == (right is None):
-            which = "neither tree has" if left is None else "both trees have"
-            raise ValueError(
-                f"got two trees of which {which} a leaf at {jax.tree_util.keystr(path)}; expected "
-                "exactly one; pass the two results of partition"
-            )
+        require(
+            (left is None) != (right is None),
+            f"two trees of which {'neither has' if left is None else 'both have'} a leaf at "
+            f"{jax.tree_util.keystr(path)}",
+            "exactly one",
+            "pass the two results of partition",
+        )
         return left if right is None else right
 
     return jax.tree_util.tree_map_with_path(
@@ -142,16 +155,11 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 def find_modulations(params: Params) -> dict[str, tuple[tuple[str, ...], Modulation, str]]:
     """Every adapted module: dotted name -> (path, modulation, key of its kernel)."""
-    found: dict[str, tuple[tuple[str, ...], Modulation, str]] = {}
-
-    def visit(tree: Params, path: tuple[str, ...]) -> None:
-        for key, value in tree.items():
-            if is_modulation(value):
-                found[".".join(path)] = (path, value, kernel_key(tree, value, ".".join(path)))
-            elif isinstance(value, dict):
-                visit(value, (*path, key))
-
-    visit(params, ())
+    found = {}
+    for (*path, _), node in walk(params):
+        if is_modulation(node):
+            name = ".".join(path)
+            found[name] = (tuple(path), node, kernel_key(lookup(params, path), node, name))
     return dict(sorted(found.items()))
 
 
@@ -172,10 +180,7 @@ def count_trainable(base_params: Params, config: SmoaConfig) -> int:
 def count_target(target: Target, config: SmoaConfig) -> int:
     """Trained parameters of one kernel, over its selected layers."""
     inputs, outputs = target.matrix_shape[-2:]
-    sizes = [(inputs, outputs)] * config.num_subspaces
-    if config.has_blocks:
-        pieces = (split_evenly(size, config.num_subspaces) for size in (inputs, outputs))
-        sizes = list(zip(*pieces, strict=True))
+    sizes = config.subspace_shapes(inputs, outputs)
     per_layer = sum(
         rank * (rows + columns)
         for rank, (rows, columns) in zip(target.subspace_ranks, sizes, strict=True)
@@ -187,60 +192,54 @@ def count_target(target: Target, config: SmoaConfig) -> int:
 
 
 def _initial(target: Target, config: SmoaConfig, key: jax.Array, spectrum: Any) -> Modulation:
-    """The modulation of one kernel at init, with its leading layer axis if it has one."""
-    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(len(target.selected)))
-    selected = jnp.asarray(target.selected)
-    build = jax.vmap(lambda *arguments: _initial_layer(target, config, *arguments))
-    planned = isinstance(spectrum, BandParts)
-    if planned:  # bands stay as they are laid out, out of the vmap
-        bands, spectrum = spectrum, None
-    elif not target.leading and spectrum is not None:
-        spectrum = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], spectrum)
-    node = build(keys, selected, spectrum)
-    node = node if target.leading else jax.tree.map(lambda leaf: leaf[0], node)
-    if planned:
-        parts = {name: jnp.asarray(getattr(bands, name)) for name in ("bands", "cuts", "norms")}
-        node = dataclasses.replace(node, **parts)
+    """The modulation of one kernel, stacked as its kernel is."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(target.selected)))
+    scores = spectrum if isinstance(spectrum, BlockScores) else None
+    if not target.leading:
+        scores = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], scores)
+    one_layer = functools.partial(_initial_layer, target, config)
+    node = jax.vmap(one_layer)(keys, jnp.asarray(target.selected), scores)
+    if not target.leading:
+        node = jax.tree.map(lambda leaf: leaf[0], node)
+    if isinstance(spectrum, BandParts):  # as they are laid out: out of the vmap
+        node = dataclasses.replace(
+            node,
+            bands=jnp.asarray(spectrum.bands),
+            cuts=jnp.asarray(spectrum.cuts),
+            norms=jnp.asarray(spectrum.norms),
+        )
     return node
 
 
 def _initial_layer(
-    target: Target, config: SmoaConfig, key: jax.Array, selected: jax.Array, spectrum: Any
+    target: Target, config: SmoaConfig, key: jax.Array, selected: jax.Array, scores: Any
 ) -> Modulation:
+    """One layer: A uniform within 1/sqrt(inputs of its subspace), B zero; bands come later."""
     inputs, outputs = target.matrix_shape[-2:]
-    ranks = np.asarray(target.subspace_ranks)
-    width = int(ranks.max())
-    kept = selected.astype(jnp.float32)
+    width = max(target.subspace_ranks)
+    kept = selected.astype(jnp.float32)  # a layer left out has rank 0 and scale 0
+    ranks = np.asarray(target.subspace_ranks, np.float32) * kept
     common: dict[str, Any] = {
         "scale": config.scale(target.rank) * kept,
-        "ranks": ranks.astype(np.float32) * kept,
+        "ranks": ranks,
         "weight_modulated": config.modulation == "weight",
         "dropout": config.dropout,
         "view": target.view_text,
     }
     if config.has_blocks:
-        in_block, out_block = _block_ids(config, key, inputs, outputs, spectrum)
+        in_block, out_block = _block_ids(config, key, inputs, outputs, scores)
         sizes = np.asarray(split_evenly(inputs, config.num_subspaces), np.float32)
-        own = in_block.astype(jnp.int32)
-        used = jnp.arange(width)[None, :] < jnp.asarray(ranks)[own][:, None]
-        bound = jnp.asarray(1.0 / np.sqrt(sizes), jnp.float32)[own][:, None]
-        a = _uniform(key, (inputs, width), bound) * used * kept
+        bound = jnp.asarray(1.0 / np.sqrt(sizes), jnp.float32)[in_block.astype(jnp.int32)][:, None]
+        a = _uniform(key, (inputs, width), bound) * used_columns(ranks, width, in_block)
         b = jnp.zeros((outputs, width), jnp.float32)
         return Blocks(a=a, b=b, in_block=in_block, out_block=out_block, **common)
     bound = jnp.asarray(1.0 / np.sqrt(inputs), jnp.float32)
+    used = used_columns(ranks, width)[:, None, :]
+    a = _uniform(key, (len(target.subspace_ranks), inputs, width), bound) * used
+    b = jnp.zeros((len(target.subspace_ranks), outputs, width), jnp.float32)
     if config.partition == "none":
-        a = _uniform(key, (inputs, width), bound) * kept
-        return LowRank(a=a, b=jnp.zeros((outputs, width), jnp.float32), **common)
-    used = jnp.arange(width)[None, :] < jnp.asarray(ranks)[:, None]
-    a = _uniform(key, (len(ranks), inputs, width), bound) * used[:, None, :] * kept
-    return Bands(
-        a=a,
-        b=jnp.zeros((len(ranks), outputs, width), jnp.float32),
-        bands=None,  # _initial puts in what was planned
-        cuts=None,
-        norms=None,
-        **common,
-    )
+        return LowRank(a=a[0], b=b[0], **common)
+    return Bands(a=a, b=b, bands=None, cuts=None, norms=None, **common)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], bound: jax.Array) -> jax.Array:
@@ -276,31 +275,26 @@ def _block_ids(
 
 
 def _check_spectra(spectra: Spectra, targets: list[Target], config: SmoaConfig) -> None:
-    expected_type = {"spectral_blocks": BlockScores, "spectral_bands": BandParts}.get(
-        config.partition
-    )
-    if expected_type is None:
+    """Refuse spectra of another partition or other params than the targets'."""
+    if config.partition not in ("spectral_blocks", "spectral_bands"):
         return
     for target in targets:
-        *leading, inputs, outputs = target.matrix_shape
-        spectrum = spectra.get(target.name)
-        if not isinstance(spectrum, expected_type):
-            raise ValueError(
-                f"got {type(spectrum).__name__} as spectrum of {target.name}; expected "
-                f"{expected_type.__name__}; plan the spectra with the same config"
-            )
-        if isinstance(spectrum, BlockScores):
-            got = (tuple(spectrum.inputs.shape), tuple(spectrum.outputs.shape))
-            expected = ((*leading, inputs), (*leading, outputs))
-        else:
-            assert isinstance(spectrum, BandParts)
-            got = tuple(spectrum.bands.shape)
-            expected = (*leading, config.num_subspaces - 1, inputs, outputs)
-        if got != expected:
-            raise ValueError(
-                f"got a spectrum of {target.name} with shape {got}; expected {expected}; plan the "
-                "spectra of these params with the same config"
-            )
+        got, expected = spectra.get(target.name), abstract_spectrum(target, config)
+        require(
+            type(got) is type(expected),
+            f"{type(got).__name__} as spectrum of {target.name}",
+            type(expected).__name__,
+            "plan the spectra with the same config",
+        )
+        shapes = [
+            tuple(tuple(leaf.shape) for leaf in jax.tree.leaves(found)) for found in (got, expected)
+        ]
+        require(
+            shapes[0] == shapes[1],
+            f"a spectrum of {target.name} with shapes {shapes[0]}",
+            f"{shapes[1]}",
+            "plan the spectra of these params with the same config",
+        )
 
 
 def kernel_key(module: Params, modulation: Modulation, name: str) -> str:
@@ -318,9 +312,10 @@ def kernel_key(module: Params, modulation: Modulation, name: str) -> str:
     if len(candidates) > 1:  # a bias may have several axes too
         size = modulation.scale.size * modulation.a.shape[-2] * modulation.b.shape[-2]
         candidates = [key for key in candidates if math.prod(module[key].shape) == size]
-    if len(candidates) != 1:
-        raise ValueError(
-            f"got {len(candidates)} kernels beside the adapter of {name}; expected one; keep the "
-            "tree as apply_smoa made it"
-        )
+    require(
+        len(candidates) == 1,
+        f"{len(candidates)} kernels beside the adapter of {name}",
+        "one",
+        "keep the tree as apply_smoa made it",
+    )
     return candidates[0]

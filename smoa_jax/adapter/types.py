@@ -84,3 +84,12 @@ MODULATION_TYPES = (LowRank, Blocks, Bands)
 def is_modulation(node: object) -> bool:
     """Whether ``node`` is a modulation, for ``is_leaf`` arguments."""
     return isinstance(node, MODULATION_TYPES)
+
+
+def tensor_fields(node: Modulation) -> dict[str, Any]:
+    """The tensors of a modulation by name, its settings left out."""
+    return {
+        field.name: getattr(node, field.name)
+        for field in dataclasses.fields(node)
+        if not field.metadata.get("static")
+    }

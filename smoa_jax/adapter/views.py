@@ -17,6 +17,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from smoa_jax.checks import require
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -72,18 +74,15 @@ def parse_view(text: str) -> View:
     groups = [group.split() for group in (grouped if arrow else stored).split("|")]
     names = [name for group in groups for name in group]
     order = stored.split() if arrow else names
-    if (
-        len(groups) != 3
-        or not groups[1]
-        or not groups[2]
-        or len(set(names)) != len(names)
-        or sorted(order) != sorted(names)
-    ):
-        raise ValueError(
-            f"got kernel view {text!r}; expected distinct axis names in three groups, layers | "
-            "inputs | outputs (layers may be empty), such as 'L | D | N H', or with the stored "
-            "order first, 'N D H -> | D | N H'"
-        )
+    require(
+        len(groups) == 3
+        and bool(groups[1] and groups[2])
+        and len(set(names)) == len(names)
+        and sorted(order) == sorted(names),
+        f"kernel view {text!r}",
+        "distinct axis names in three groups, layers | inputs | outputs (layers may be empty), "
+        "such as 'L | D | N H', or with the stored order first, 'N D H -> | D | N H'",
+    )
     return View(tuple(order.index(name) for name in names), len(groups[0]), len(groups[1]))
 
 
@@ -94,16 +93,17 @@ def view_of(text: str, ndim: int, path: str) -> View:
         ValueError: if the kernel needs a view and has none, or one for another number of axes.
     """
     if not text:
-        if ndim not in (2, 3):
-            raise ValueError(
-                f"got a kernel with {ndim} axes at {path}; expected (I, O) or (L, I, O), or a "
-                "kernel view; add its path to kernel_views, such as 'L | D | N H'"
-            )
+        require(
+            ndim in (2, 3),
+            f"a kernel with {ndim} axes at {path}",
+            "(I, O) or (L, I, O), or a kernel view",
+            "add its path to kernel_views, such as 'L | D | N H'",
+        )
         return View(tuple(range(ndim)), ndim - 2, 1)
     view = parse_view(text)
-    if len(view.order) != ndim:
-        raise ValueError(
-            f"got kernel view {text!r} for {path}, whose kernel has {ndim} axes; expected a view "
-            f"of {ndim} axes"
-        )
+    require(
+        len(view.order) == ndim,
+        f"kernel view {text!r} for {path}, whose kernel has {ndim} axes",
+        f"a view of {ndim} axes",
+    )
     return view

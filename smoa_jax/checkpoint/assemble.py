@@ -17,12 +17,13 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import numpy as np
 
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax import checks
+from smoa_jax.adapter.targets import walk
+from smoa_jax.checkpoint.errors import CheckpointError, listed, refuse, require
 from smoa_jax.checkpoint.names import (
     EMBEDDING_NAME,
     HEAD_NAME,
     TensorSlot,
-    flatten_tree,
     is_harmless,
     tensor_slots,
     unflatten_tree,
@@ -77,18 +78,22 @@ def check_tensors(reader: TensorReader, slots: Mapping[str, TensorSlot]) -> None
             hint = "; if its head is the embedding, the config must say tie_word_embeddings: true"
         raise CheckpointError(f"{reader.source}: missing tensor {listed(missing)}{hint}")
     for name, slot in slots.items():
-        if stored[name].shape != slot.shape:
-            raise CheckpointError(
-                f"{reader.source}: {name} has shape {stored[name].shape}; "
-                f"expected {slot.shape} from the config; the two belong to different models"
-            )
+        require(
+            stored[name].shape == slot.shape,
+            f"{name} of shape {stored[name].shape}",
+            f"{slot.shape} from the config",
+            "the two belong to different models",
+            where=reader.source,
+        )
     surplus = [name for name in stored if name not in slots and not is_harmless(name)]
     if surplus == [HEAD_NAME]:
         _check_tied_head(reader)
     elif surplus:
-        raise CheckpointError(
-            f"{reader.source}: surplus tensor {listed(surplus)}; expected only what a model with "
-            "this config computes with, since ignoring weights would change the model"
+        refuse(
+            f"surplus tensor {listed(surplus)}",
+            "only what a model with this config computes with, since ignoring weights would "
+            "change the model",
+            where=reader.source,
         )
 
 
@@ -102,9 +107,11 @@ def _check_tied_head(reader: TensorReader) -> None:
         index = (slice(start, min(start + rows, embedding.shape[0])), slice(None))
         same = np.array_equal(reader.read(HEAD_NAME, index), reader.read(EMBEDDING_NAME, index))
     if not same:
-        raise CheckpointError(
-            f"{reader.source}: {HEAD_NAME} differs from {EMBEDDING_NAME}, but the config says "
-            "tie_word_embeddings: true; set it to false in the config to use this head"
+        refuse(
+            f"{HEAD_NAME} that differs from {EMBEDDING_NAME}",
+            "the same, since the config says tie_word_embeddings: true",
+            "set it to false in the config to use this head",
+            where=reader.source,
         )
 
 
@@ -133,7 +140,7 @@ def assemble(
         shardings: a tree of the same structure with a sharding per array, or None for JAX's
             default device.
     """
-    leaves = flatten_tree(abstract)
+    leaves = dict(walk(abstract))
     wanted = _match_shardings(abstract, shardings)
     by_path: dict[tuple[str, ...], list[TensorSlot]] = {}
     for slot in tensor_slots(abstract).values():
@@ -149,13 +156,13 @@ def _match_shardings(
 ) -> dict[tuple[str, ...], jax.sharding.Sharding]:
     if shardings is None:
         return {}
-    leaves, wanted = flatten_tree(abstract), flatten_tree(shardings)
+    leaves, wanted = dict(walk(abstract)), dict(walk(shardings))
     different = sorted("/".join(path) for path in leaves.keys() ^ wanted.keys())
-    if different:
-        raise ValueError(
-            f"got shardings that differ from the params tree at {listed(different)}; "
-            "expected one sharding for every array"
-        )
+    checks.require(
+        not different,
+        f"shardings that differ from the params tree at {listed(different)}",
+        "one sharding for every array",
+    )
     for path, leaf in leaves.items():
         try:
             wanted[path].shard_shape(leaf.shape)

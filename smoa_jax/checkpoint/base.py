@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from smoa_jax import checks
 from smoa_jax.checkpoint.assemble import TensorReader, assemble, check_tensors, fingerprint
 from smoa_jax.checkpoint.directories import put_back
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.checkpoint.errors import listed, refuse, require
 from smoa_jax.checkpoint.huggingface.config import config_from_hf, is_multimodal
 from smoa_jax.checkpoint.huggingface.directory import (
     CONFIG_FILE,
@@ -157,37 +158,42 @@ def _locate(path: str | Path, *, weights: bool) -> Path:
         if (found / CONFIG_FILE).is_file():
             return found
         files = sorted(found.glob("*.gguf"))
-        if len(files) > 1:
-            raise CheckpointError(
-                f"{found}: {len(files)} GGUF files ({listed(file.name for file in files)}); "
-                "expected one: give its path"
-            )
+        require(
+            len(files) <= 1,
+            f"{len(files)} GGUF files ({listed(file.name for file in files)})",
+            "one",
+            "give its path",
+            where=found,
+        )
         return files[0] if files else found
     if found.is_file():
         return _check_file(found)
     if isinstance(path, str) and is_hub_name(path) and found.suffix not in (".gguf", *_PICKLES):
         return download(path, weights=weights)
-    raise CheckpointError(
-        f"{path}: no such file or directory; expected a Hugging Face directory, a GGUF file "
-        "or an organisation/model on the hub"
+    refuse(
+        "no such file or directory",
+        "a Hugging Face directory, a GGUF file or an organisation/model on the hub",
+        where=path,
     )
 
 
 def _check_file(path: Path) -> Path:
-    if path.suffix in _PICKLES:
-        raise CheckpointError(
-            f"{path}: a pickle, which can run code when opened and is refused; expected "
-            "safetensors or GGUF: convert it with transformers' save_pretrained"
-        )
-    if path.suffix == ".gguf":
-        return path
-    raise CheckpointError(
-        f"{path}: not a model; expected a directory with {CONFIG_FILE} and safetensors, "
-        "or a .gguf file"
+    require(
+        path.suffix not in _PICKLES,
+        "a pickle, which can run code when opened",
+        "safetensors or GGUF",
+        "convert it with transformers' save_pretrained",
+        where=path,
     )
+    require(
+        path.suffix == ".gguf",
+        "a file that is no model",
+        f"a directory with {CONFIG_FILE} and safetensors, or a .gguf file",
+        where=path,
+    )
+    return path
 
 
 def _check_dtype(dtype: DTypeLike) -> None:
     name = jnp.dtype(dtype).name
-    if name not in _DTYPES:
-        raise ValueError(f"got dtype {name}; expected one of {', '.join(_DTYPES)}")
+    checks.require(name in _DTYPES, f"dtype {name}", f"one of {', '.join(_DTYPES)}")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.errors import require
 
 #: Of Linux's renameat2: paths as they are, and both at once.
 _HERE, _RENAME_EXCHANGE = -100, 2
@@ -45,16 +45,20 @@ def check_target(
     if not occupied:
         return False
     check_apart(target, inputs)
-    if not overwrite:
-        raise CheckpointError(
-            f"{target} already exists and isn't empty; expected a new directory: choose another, "
-            f"or say overwrite to replace {what} in it"
-        )
-    if not (target / marker).is_file():
-        raise CheckpointError(
-            f"{target} holds no {marker}, so it isn't {what}; expected one to overwrite: choose "
-            "another directory or empty this one yourself"
-        )
+    require(
+        overwrite,
+        "a directory that already exists and isn't empty",
+        "a new one",
+        f"choose another, or say overwrite to replace {what} in it",
+        where=target,
+    )
+    require(
+        (target / marker).is_file(),
+        f"a directory without {marker}, so it isn't {what}",
+        "one to overwrite",
+        "choose another directory or empty this one yourself",
+        where=target,
+    )
     return True
 
 
@@ -94,11 +98,11 @@ def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
         CheckpointError: naming both.
     """
     for source in inputs:
-        if Path(source).expanduser().resolve().is_relative_to(target.expanduser().resolve()):
-            raise CheckpointError(
-                f"got {target} as the directory to write, and to read {source}, which it would "
-                "replace; expected them apart: choose another directory"
-            )
+        require(
+            not Path(source).expanduser().resolve().is_relative_to(target.expanduser().resolve()),
+            f"{target} as the directory to write, and to read {source}, which it would replace",
+            "them apart: choose another directory",
+        )
 
 
 @contextmanager

@@ -16,7 +16,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from smoa_jax.adapter.targets import walk
 from smoa_jax.checkpoint.errors import listed
+from smoa_jax.checks import require
 
 #: Keys from the root of the params tree to one array.
 TreePath: TypeAlias = tuple[str, ...]
@@ -118,19 +120,8 @@ def name_of_gguf(gguf_name: str, *, post_norms: bool) -> str | None:
     return None
 
 
-def flatten_tree(tree: Mapping[str, Any], prefix: TreePath = ()) -> dict[TreePath, Any]:
-    """The leaves of a nested dict by path, in the dict's own order."""
-    leaves: dict[TreePath, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves.update(flatten_tree(value, (*prefix, key)))
-        else:
-            leaves[(*prefix, key)] = value
-    return leaves
-
-
 def unflatten_tree(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
-    """The nested dict that ``flatten_tree`` came from."""
+    """The nested dict whose leaves these are, by path."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         node = tree
@@ -146,19 +137,18 @@ def tensor_slots(params: Mapping[str, Any]) -> dict[str, TensorSlot]:
     In the order of the table, layer by layer. Raises ValueError for an array that has no row here,
     such as the modulation of an adapter that has not been merged.
     """
-    leaves = flatten_tree(params)
+    leaves = dict(walk(params))
     post_norms = any("pre_feedforward_layernorm" in path for path in leaves)
     rules = {rule.path: rule for rule in name_rules(post_norms=post_norms)}
     unknown = ["/".join(path) for path in leaves if path not in rules]
-    if unknown:
-        raise ValueError(
-            f"got a params tree with {listed(unknown)}, which no Hugging Face tensor stands for; "
-            "expected a plain tree of the decoder: merge the adapter first"
-        )
+    require(
+        not unknown,
+        f"a params tree with {listed(unknown)}, which no Hugging Face tensor stands for",
+        "a plain tree of the decoder: merge the adapter first",
+    )
     present = [rule for rule in rules.values() if rule.path in leaves]
     depths = {leaves[rule.path].shape[0] for rule in present if rule.path[0] == LAYERS_KEY}
-    if len(depths) > 1:
-        raise ValueError(f"got stacks of {sorted(depths)} layers; expected one number for all")
+    require(len(depths) <= 1, f"stacks of {sorted(depths)} layers", "one number for all")
     num_layers = depths.pop() if depths else 0
 
     slots: dict[str, TensorSlot] = {}

@@ -9,6 +9,7 @@ from rich.table import Table
 from smoa_jax.adapter.tree import strip_smoa
 from smoa_jax.checkpoint.base import abstract_base
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter
+from smoa_jax.checks import refuse
 from smoa_jax.commands.tables import console, shown
 from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.tokenizer import load_tokenizer
@@ -19,7 +20,6 @@ from smoa_jax.training.held_out import held_out_answers, held_out_loss
 from smoa_jax.training.metrics import ProgressReport
 from smoa_jax.training.model import load_model, spectra_cache
 from smoa_jax.training.saved_adapter import adapter_directory
-from smoa_jax.training.state import place
 
 
 def evaluate(config: RunConfig, adapter_dir: str, checkpoint: str = "") -> int:
@@ -30,9 +30,10 @@ def evaluate(config: RunConfig, adapter_dir: str, checkpoint: str = "") -> int:
         tokenizer = load_tokenizer(abstract_base(config.model.path).source)
         data = build_data(config.data, tokenizer)
         if data.eval is None:
-            raise ValueError(
-                "got data without held-out rows; expected some; set data.eval_files, "
-                "data.eval_rows or data.task.eval_rows"
+            refuse(
+                "data without held-out rows",
+                "some",
+                "set data.eval_files, data.eval_rows or data.task.eval_rows",
             )
         say(describe_data(data), soft_wrap=True, markup=False)
     with adapter_directory(adapter_dir, checkpoint, config.model.path) as directory:
@@ -54,7 +55,6 @@ def evaluate(config: RunConfig, adapter_dir: str, checkpoint: str = "") -> int:
                 cache_dir=spectra_cache(config.model.spectra_cache),
                 progress=report.resize,
             )
-    params = place(params, loaded.mesh, config)
     both = (strip_smoa(params), params)
     losses = [held_out_loss(config, loaded, data.eval, tree) for tree in both]
     accuracies = [math.nan, math.nan]

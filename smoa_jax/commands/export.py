@@ -61,7 +61,7 @@ def export(
     marker, what = {
         "huggingface": (huggingface.CONFIG_FILE, "an exported model"),
         "orbax": (orbax_export.MARKER, "an exported Orbax checkpoint"),
-        "peft": (peft_files.CONFIG_FILE, "a PEFT adapter"),
+        "peft": (peft_files.PEFT_CONFIG_FILE, "a PEFT adapter"),
     }[format]
     check_target(
         Path(output), marker=marker, what=what, overwrite=overwrite, inputs=[model, adapter]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter
+from smoa_jax.checks import require
 from smoa_jax.commands.tables import console
 from smoa_jax.data.encode import encode_prompt
 from smoa_jax.data.templates import TemplateName, make_template
@@ -60,10 +61,12 @@ def generate(
             devices, else all of them by fsdp.
         distributed: As in a run, for several processes.
     """
-    if not prompt:
-        raise ValueError("got no prompt; expected at least one; give --prompt 'a text'")
-    if checkpoint and not adapter:
-        raise ValueError("got --checkpoint without --adapter; expected a run's directory there")
+    require(bool(prompt), "no prompt", "at least one", "give --prompt 'a text'")
+    require(
+        bool(adapter) or not checkpoint,
+        "--checkpoint without --adapter",
+        "a run's directory there",
+    )
     initialize(distributed)
     numbers = resolve_dtype(dtype)
     settings = run_settings(adapter) if adapter else {}

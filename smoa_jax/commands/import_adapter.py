@@ -25,7 +25,7 @@ def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = Fals
     """
     check_target(
         Path(output),
-        marker=adapter_files.CONFIG_FILE,
+        marker=adapter_files.ADAPTER_FILE,
         what="an adapter",
         overwrite=overwrite,
         inputs=[model, peft],

@@ -13,6 +13,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.checkpoint.base import abstract_base, open_base
 from smoa_jax.checkpoint.export.merged import MergedReader
 from smoa_jax.checkpoint.native.directory import open_adapter
+from smoa_jax.checks import require
 from smoa_jax.commands.tables import console
 from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectrum
 from smoa_jax.training.model import spectra_cache
@@ -49,12 +50,13 @@ def inspect(
         plot: PNG file for the singular values of the updates.
         spectra_cache_dir: Where spectral bands are kept: auto, off or a directory.
     """
-    if plot and not adapter:
-        raise ValueError("got --plot without --adapter; expected a trained adapter to plot")
-    if plot and Path(plot).suffix != ".png":
-        raise ValueError(f"got --plot {plot}; expected a name that ends in .png")
-    if checkpoint and not adapter:
-        raise ValueError("got --checkpoint without --adapter; expected a run's directory there")
+    require(bool(adapter) or not plot, "--plot without --adapter", "a trained adapter to plot")
+    require(not plot or Path(plot).suffix == ".png", f"--plot {plot}", "a name that ends in .png")
+    require(
+        bool(adapter) or not checkpoint,
+        "--checkpoint without --adapter",
+        "a run's directory there",
+    )
     abstract = abstract_base(model)
     reader: MergedReader | None = None
     chosen = (layers,) if isinstance(layers, int) else tuple(layers or ())
@@ -87,8 +89,11 @@ def inspect(
 
 
 def _check_layers(layers: tuple[int, ...], depth: int) -> None:
-    if any(not 0 <= layer < depth for layer in layers):
-        raise ValueError(f"got --layers {list(layers)}; expected indices from 0 to {depth - 1}")
+    require(
+        not any(not 0 <= layer < depth for layer in layers),
+        f"--layers {list(layers)}",
+        f"indices from 0 to {depth - 1}",
+    )
 
 
 def _show_updates(reader: MergedReader, layers: tuple[int, ...], plot: str) -> None:

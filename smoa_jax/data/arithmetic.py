@@ -16,7 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from smoa_jax.data.checks import require
+from smoa_jax.checks import require
 from smoa_jax.data.rows import AnyRow, Row
 from smoa_jax.data.splits import draw_split
 

@@ -7,8 +7,8 @@ from collections import Counter
 
 from transformers import PreTrainedTokenizerFast
 
+from smoa_jax.checks import require
 from smoa_jax.data.arithmetic import arithmetic_rows
-from smoa_jax.data.checks import require
 from smoa_jax.data.config import DataConfig
 from smoa_jax.data.encode import Questions, encode_questions, encode_rows
 from smoa_jax.data.identity import Identity, data_identity

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from jinja2 import TemplateError
 
-from smoa_jax.data.checks import require
+from smoa_jax.checks import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, TypeAlias
 
+from smoa_jax.checks import require, require_one_of
 from smoa_jax.data.arithmetic import ArithmeticTask
-from smoa_jax.data.checks import require, require_one_of
 from smoa_jax.data.rows import OnBadRow
 from smoa_jax.data.templates import TemplateName
 

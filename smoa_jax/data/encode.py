@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from smoa_jax.data.checks import require
+from smoa_jax.checks import require
 from smoa_jax.data.pieces import encode_pieces
 from smoa_jax.data.rows import AnyRow, BadRowError, OnBadRow, Row, question_of, reference_of
 from smoa_jax.data.templates import Rendered, Template

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from smoa_jax.checks import require
+
 #: GGUF names of pre-tokenizers that split every digit from its neighbours before byte-level BPE.
 #: transformers' converter knows no such split; without it, whitespace before a digit is cut
 #: otherwise ("a  1" as two spaces in place of one double space).
@@ -147,8 +149,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         if file.read(4) != b"GGUF":
             raise ValueError("got a file of another kind")
         version = _scalar(file, "<I")
-        if version not in (2, 3):
-            raise ValueError(f"got GGUF version {version}; expected 2 or 3, little-endian")
+        require(version in (2, 3), f"GGUF version {version}", "2 or 3, little-endian")
         _scalar(file, "<Q")  # number of tensors
         pairs = _scalar(file, "<Q")
         return {_string(file, size): _value(file, _scalar(file, "<I"), size) for _ in range(pairs)}

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from smoa_jax.checks import require
 from smoa_jax.data.encode import Examples
 
 #: JSON-serialisable; see above.
@@ -73,17 +74,20 @@ def check_identity(saved: Identity, now: Identity) -> None:
     if not other:
         return
     rows = " and ".join(other)
-    if files := "; ".join(_changed_files(saved, now)):
-        raise ValueError(
-            f"{files}: got other {rows} than when the run began; expected the same; put the files "
-            f"back as they were, {_REMEDY}"
-        )
+    require(
+        not (files := "; ".join(_changed_files(saved, now))),
+        f"other {rows} than when the run began",
+        "the same",
+        f"put the files back as they were, {_REMEDY}",
+        where=files,
+    )
     source = "the same files" if now["train_files"] else "the same generator"
-    if settings := changed_settings(saved, now):
-        raise ValueError(
-            f"got other {rows} than when the run began, from {source} by other settings: "
-            f"{settings}; expected the run's settings; set them back, {_REMEDY}"
-        )
+    require(
+        not (settings := changed_settings(saved, now)),
+        f"other {rows} than when the run began, from {source} by other settings: {settings}",
+        "the run's settings",
+        f"set them back, {_REMEDY}",
+    )
     raise ValueError(
         f"got other {rows} than when the run began, from {source} by the same settings; expected "
         f"the same tokens; use the tokenizer and chat template of the run, {_REMEDY}"

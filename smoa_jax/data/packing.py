@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from smoa_jax.data.checks import require
+from smoa_jax.checks import require
 from smoa_jax.data.encode import Examples
 
 #: Arrays of shape (rows, length): int32 ``tokens``, ``targets``, ``positions``, ``segment_ids``

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import grain
 import numpy as np
 
-from smoa_jax.data.checks import require
+from smoa_jax.checks import require
 from smoa_jax.data.encode import Examples
 from smoa_jax.data.identity import Identity, changed_settings, check_identity, data_identity
 from smoa_jax.data.packing import Batch, RowPlan, make_batch

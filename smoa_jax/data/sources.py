@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smoa_jax.data.checks import require
+from smoa_jax.checks import require
 from smoa_jax.data.rows import (
     AnyRow,
     BadRowError,

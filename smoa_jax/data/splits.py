@@ -24,7 +24,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 
-from smoa_jax.data.checks import require
+from smoa_jax.checks import require
 from smoa_jax.data.rows import AnyRow, Row, question_of
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
+from smoa_jax.checks import require_one_of
 from smoa_jax.data.chat import render_chat, turn_shape
-from smoa_jax.data.checks import require_one_of
 from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from smoa_jax.checks import require
 from smoa_jax.data.chat import turn_shape
-from smoa_jax.data.checks import require
 from smoa_jax.data.gguf_tokenizer import tokenizer_from_gguf
 
 #: Key in the tokenizer's own (saved) settings for stop ids that it has no place for.

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Literal, TypeAlias
 
+from smoa_jax.checks import require
+
 Protocol: TypeAlias = Literal["exact", "number", "choice"]
 
 #: Label patterns of the commonsense tasks.
@@ -101,11 +103,12 @@ def check_task(task: str, protocol: Protocol) -> None:
             + (f"did you mean {' or '.join(names[name] for name in near)}? " if near else "")
             + "leave it empty for another task"
         )
-    if protocol_of(task) != protocol:
-        raise ValueError(
-            f"got evaluation.task={task!r} with evaluation.answer={protocol!r}; expected "
-            f"{protocol_of(task)!r}, which the task is scored by; set it, or leave the task empty"
-        )
+    require(
+        protocol_of(task) == protocol,
+        f"evaluation.task={task!r} with evaluation.answer={protocol!r}",
+        f"{protocol_of(task)!r}, which the task is scored by",
+        "set it, or leave the task empty",
+    )
 
 
 def extract_answer(response: str, task: str = "", protocol: Protocol | None = None) -> str | None:
@@ -156,11 +159,11 @@ def score_responses(
     Raises:
         ValueError: Nothing to score, unequal numbers of both, or a reference without an answer.
     """
-    if len(responses) != len(references) or not references:
-        raise ValueError(
-            f"got {len(responses)} responses and {len(references)} references; expected as many "
-            "of both, and at least one"
-        )
+    require(
+        len(responses) == len(references) > 0,
+        f"{len(responses)} responses and {len(references)} references",
+        "as many of both, and at least one",
+    )
     right: list[bool] = []
     unanswered = 0
     for response, reference in zip(responses, references, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,9 @@ import numpy as np
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.modulation import residual
 from smoa_jax.adapter.targets import find_targets
-from smoa_jax.adapter.tree import count_target, find_modulations
+from smoa_jax.adapter.tree import count_target
 from smoa_jax.adapter.types import Modulation, Params
-from smoa_jax.adapter.views import view_of
+from smoa_jax.checks import require
 
 #: Singular values below this share of the largest do not count towards a rank.
 RANK_TOLERANCE = 1e-5
@@ -62,32 +61,6 @@ def target_rows(base_params: Params, config: SmoaConfig) -> list[TargetRow]:
     ]
 
 
-def update_spectra(params: Params, layers: Sequence[int] = ()) -> list[UpdateSpectrum]:
-    """The spectrum of every update of an adapted tree, layer by layer.
-
-    Args:
-        params: From ``apply_smoa``, trained.
-        layers: Which layers of stacked kernels; empty: all.
-    """
-    spectra = []
-    for name, (path, modulation, key) in find_modulations(params).items():
-        module: Any = params
-        for part in path:
-            module = module[part]
-        kernel = module[key]
-        matrix = view_of(modulation.view, kernel.ndim, name).to_matrix(kernel)
-        stacked = matrix.ndim == 3
-        for layer in range(matrix.shape[0] if stacked else 1):
-            if layers and stacked and layer not in layers:
-                continue
-            node = (
-                jax.tree.map(lambda leaf, i=layer: leaf[i], modulation) if stacked else modulation
-            )
-            weight = matrix[layer] if stacked else matrix
-            spectra.append(update_spectrum(name, layer, weight, node))
-    return spectra
-
-
 def update_spectrum(
     name: str, layer: int, weight: jax.Array | np.ndarray, modulation: Modulation
 ) -> UpdateSpectrum:
@@ -122,10 +95,12 @@ def plot_spectra(spectra: Sequence[UpdateSpectrum], path: str | Path) -> None:
         raise ImportError(
             "got no matplotlib; expected the extra 'plot'; pip install 'smoa-jax[plot]'"
         ) from error
-    if not any(spectrum.rank for spectrum in spectra):
-        raise ValueError(
-            "got an adapter whose updates are all zero; expected a trained one; train it first"
-        )
+    require(
+        any(spectrum.rank for spectrum in spectra),
+        "an adapter whose updates are all zero",
+        "a trained one",
+        "train it first",
+    )
     names = sorted({spectrum.name for spectrum in spectra})
     columns = min(3, len(names))
     rows = -(-len(names) // columns)

@@ -17,6 +17,7 @@ import numpy as np
 from smoa_jax.adapter.merge import merge_smoa
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import Params
+from smoa_jax.checks import require
 from smoa_jax.data.encode import Questions
 from smoa_jax.data.tokenizer import special_ids
 from smoa_jax.evaluation.answers import (
@@ -126,10 +127,11 @@ def check_questions(questions: Questions, rows: int, protocol: Protocol, task: s
         ValueError: naming both numbers, or the reference; also as ``check_task``.
     """
     check_task(task, protocol)
-    if rows > len(questions):
-        raise ValueError(
-            f"got {len(questions)} held-out questions; expected at least evaluation.rows={rows}; "
-            "hold out more rows (data.eval_rows, data.task.eval_rows) or lower evaluation.rows"
-        )
+    require(
+        rows <= len(questions),
+        f"{len(questions)} held-out questions",
+        f"at least evaluation.rows={rows}",
+        "hold out more rows (data.eval_rows, data.task.eval_rows) or lower evaluation.rows",
+    )
     for reference in questions.references[:rows]:
         expected_answer(reference, task, protocol)

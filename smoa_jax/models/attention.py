@@ -3,8 +3,8 @@
 The softmax is float32. Every mask leaves masked scores finite, so a row that may see nothing (a
 padding token) gives a finite average that no one reads, never NaN.
 
-Layers differ in what they see and in how they turn: ``Surroundings`` holds both kinds, made once,
-and a layer selects its own. Without local layers there is nothing to select.
+Layers differ in what they see and in how they turn: ``AttentionContext`` holds both kinds, made
+once, and a layer selects its own. Without local layers there is nothing to select.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FusedAttention(Protocol):
     ) -> Float[Array, "B T N H"]: ...
 
 
-class Surroundings(NamedTuple):
+class AttentionContext(NamedTuple):
     """What all layers of a pass share.
 
     Attributes:
@@ -152,13 +152,13 @@ class SelfAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        surroundings: Surroundings,
+        context: AttentionContext,
         layer: Int[Array, ""],
         local: Bool[Array, ""] | None,
         caches: LayerCaches | None,
     ) -> tuple[Float[Array, "B T D"], LayerCaches | None]:
         config = self.config
-        rope, mask = surroundings.of_layer(local)
+        rope, mask = context.of_layer(local)
         query = self._heads(x, "q_proj", config.num_heads)
         key = self._heads(x, "k_proj", config.num_kv_heads)
         value = self._heads(x, "v_proj", config.num_kv_heads)
@@ -171,7 +171,7 @@ class SelfAttention(nn.Module):
         if caches is not None:
             key, value, caches = _update(caches, layer, key, value)
         if self.fused is not None and caches is None:
-            segments = surroundings.segment_ids
+            segments = context.segment_ids
             attended = self.fused(
                 query, key, value, segment_ids=segments, local=local, config=config
             )

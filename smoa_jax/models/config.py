@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from smoa_jax.checks import require
+
 #: Names of the feed-forward activations that ``layers.py`` knows.
 ACTIVATIONS = ("silu", "gelu_tanh")
 #: Kinds of rotary scaling that ``rope.py`` knows.
@@ -33,10 +35,12 @@ ROPE_SCALING_KINDS = ("none", "linear", "llama3")
 def _require_positive(config: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"got {name} {value!r}; expected a whole number of at least 1; correct the config"
-            )
+        require(
+            not isinstance(value, bool) and isinstance(value, int) and value >= 1,
+            f"{name} {value!r}",
+            "a whole number of at least 1",
+            "correct the config",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,22 +59,25 @@ class RopeScaling:
     original_max_positions: int = 8192
 
     def __post_init__(self) -> None:
-        if self.kind not in ROPE_SCALING_KINDS:
-            raise ValueError(
-                f"got RoPE scaling kind {self.kind!r}; expected one of {ROPE_SCALING_KINDS}; "
-                "use a checkpoint with one of these"
-            )
-        if self.factor <= 0 or (self.kind == "none" and self.factor != 1.0):
-            raise ValueError(
-                f"got RoPE scaling kind {self.kind!r} with factor {self.factor}; expected a "
-                "positive factor, and 1.0 for kind 'none'; set the kind that the factor belongs to"
-            )
+        require(
+            self.kind in ROPE_SCALING_KINDS,
+            f"RoPE scaling kind {self.kind!r}",
+            f"one of {ROPE_SCALING_KINDS}",
+            "use a checkpoint with one of these",
+        )
+        require(
+            self.factor > 0 and (self.kind != "none" or self.factor == 1.0),
+            f"RoPE scaling kind {self.kind!r} with factor {self.factor}",
+            "a positive factor, and 1.0 for kind 'none'",
+            "set the kind that the factor belongs to",
+        )
         _require_positive(self, ("original_max_positions",))
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"got low_freq_factor {self.low_freq_factor} and high_freq_factor "
-                f"{self.high_freq_factor}; expected 0 < low < high; correct the RoPE scaling"
-            )
+        require(
+            self.kind != "llama3" or 0 < self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}",
+            "0 < low < high",
+            "correct the RoPE scaling",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,26 +148,30 @@ class DecoderConfig:
                 "max_positions",
             ),
         )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"got num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads}; expected "
-                "whole groups of query heads; make num_kv_heads a divisor of num_heads"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"got head_dim {self.head_dim}; expected an even size, since rotary embeddings "
-                "turn pairs; choose an even head_dim"
-            )
-        if self.rope_base <= 0 or self.norm_epsilon <= 0:
-            raise ValueError(
-                f"got rope_base {self.rope_base} and norm_epsilon {self.norm_epsilon}; expected "
-                "both positive; correct the config"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"got activation {self.activation!r}; expected one of {ACTIVATIONS}; "
-                "use a checkpoint with one of these"
-            )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads}",
+            "whole groups of query heads",
+            "make num_kv_heads a divisor of num_heads",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"head_dim {self.head_dim}",
+            "an even size, since rotary embeddings turn pairs",
+            "choose an even head_dim",
+        )
+        require(
+            self.rope_base > 0 and self.norm_epsilon > 0,
+            f"rope_base {self.rope_base} and norm_epsilon {self.norm_epsilon}",
+            "both positive",
+            "correct the config",
+        )
+        require(
+            self.activation in ACTIVATIONS,
+            f"activation {self.activation!r}",
+            f"one of {ACTIVATIONS}",
+            "use a checkpoint with one of these",
+        )
         self._check_options()
 
     @property
@@ -170,20 +181,17 @@ class DecoderConfig:
 
     def _check_options(self) -> None:
         for name in ("query_scale", "attention_soft_cap", "final_soft_cap", "local_rope_base"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got {name} {getattr(self, name)}; expected 0 (off) or more")
-        if self.embed_scale <= 0:
-            raise ValueError(f"got embed_scale {self.embed_scale}; expected a positive factor")
-        if self.local_layers and len(self.local_layers) != self.num_layers:
-            raise ValueError(
-                f"got local_layers of {len(self.local_layers)} entries for {self.num_layers} "
-                "layers; expected one entry per layer, or none at all"
-            )
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 (off) or more")
+        require(self.embed_scale > 0, f"embed_scale {self.embed_scale}", "a positive factor")
+        require(
+            not self.local_layers or len(self.local_layers) == self.num_layers,
+            f"local_layers of {len(self.local_layers)} entries for {self.num_layers} layers",
+            "one entry per layer, or none at all",
+        )
         has_local = any(self.local_layers)
-        if has_local != (self.sliding_window > 0) or (self.local_rope_base and not has_local):
-            raise ValueError(
-                f"got sliding_window {self.sliding_window}, local_rope_base "
-                f"{self.local_rope_base} and {sum(self.local_layers)} local layers; expected a "
-                "window of at least 1 where there are local layers, and neither where there are "
-                "none"
-            )
+        require(
+            has_local == (self.sliding_window > 0) and (not self.local_rope_base or has_local),
+            f"sliding_window {self.sliding_window}, local_rope_base {self.local_rope_base} and "
+            f"{sum(self.local_layers)} local layers",
+            "a window of at least 1 where there are local layers, and neither where there are none",
+        )

@@ -32,12 +32,13 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from smoa_jax.checks import require
 from smoa_jax.models.attention import (
+    AttentionContext,
     Constrain,
     FusedAttention,
     LayerCaches,
     SelfAttention,
-    Surroundings,
     causal_mask,
     no_constraint,
     segment_mask,
@@ -102,7 +103,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         carry: tuple[Float[Array, "B T D"], LayerCaches | None],
-        surroundings: Surroundings,
+        context: AttentionContext,
         layer: Int[Array, ""],
         local: Bool[Array, ""] | None,
     ) -> tuple[tuple[Float[Array, "B T D"], LayerCaches | None], None]:
@@ -110,7 +111,7 @@ class DecoderLayer(nn.Module):
         config, constrain = self.config, self.constrain
         before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
         change, caches = SelfAttention(config, constrain, self.fused, name="self_attn")(
-            self._norm(x, "input"), surroundings, layer, local, caches
+            self._norm(x, "input"), context, layer, local, caches
         )
         if config.post_norms:
             change = self._norm(change, "post_attention")
@@ -172,10 +173,12 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"got remat {self.remat!r}; expected one of {sorted(REMAT_POLICIES)}; choose one"
-            )
+        require(
+            self.remat in REMAT_POLICIES,
+            f"remat {self.remat!r}",
+            f"one of {sorted(REMAT_POLICIES)}",
+            "choose one",
+        )
         layer = DecoderLayer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -221,8 +224,12 @@ class Decoder(nn.Module):
             segment_ids: tokens see their own segment only; equal ids must be adjacent.
             cache: what came before; its own ``starts`` say which slots are padding.
         """
-        if cache is not None and segment_ids is not None:
-            raise ValueError("got segment_ids with a cache; expected one of them; leave one out")
+        require(
+            cache is None or segment_ids is None,
+            "segment_ids with a cache",
+            "one of them",
+            "leave one out",
+        )
         if positions is None:
             positions = _default_positions(tokens, segment_ids, cache)
         caches = None if cache is None else (cache.keys, cache.values, cache.length)
@@ -230,8 +237,8 @@ class Decoder(nn.Module):
         x = self.constrain(x, ("batch", "time", "embed"))
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         local = jnp.asarray(self.config.local_layers) if self.config.local_layers else None
-        surroundings = self._surroundings(positions, segment_ids, cache)
-        (x, caches), _ = self.layers((x, caches), surroundings, layers, local)
+        context = self._surroundings(positions, segment_ids, cache)
+        (x, caches), _ = self.layers((x, caches), context, layers, local)
         x = self.norm(x)
         if cache is None or caches is None:
             return x
@@ -249,11 +256,11 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         cache: KVCache | None,
-    ) -> Surroundings:
+    ) -> AttentionContext:
         config = self.config
         rope, local_rope = rope_tables(config, positions), local_rope_tables(config, positions)
         if cache is None and self.fused is not None:
-            return Surroundings(rope, local_rope, None, None, segment_ids)
+            return AttentionContext(rope, local_rope, None, None, segment_ids)
 
         def visible(window: int) -> Bool[Array, "B 1 T S"]:
             if cache is not None:
@@ -267,7 +274,7 @@ class Decoder(nn.Module):
         else:
             plain = cache is None and segment_ids is None
             masks = (None if plain else visible(0)), None
-        return Surroundings(rope, local_rope, *masks, None)
+        return AttentionContext(rope, local_rope, *masks, None)
 
 
 def _default_positions(

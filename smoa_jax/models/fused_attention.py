@@ -29,6 +29,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from smoa_jax.checks import require
 from smoa_jax.models.attention import FusedAttention, segment_mask
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.options import AttentionName
@@ -81,8 +82,11 @@ class SplashAttention:
     interpret: bool = False
 
     def __post_init__(self) -> None:
-        if self.block < LANES or self.block % LANES:
-            raise ValueError(f"got block {self.block}; expected a multiple of {LANES}")
+        require(
+            self.block >= LANES and not self.block % LANES,
+            f"block {self.block}",
+            f"a multiple of {LANES}",
+        )
 
     def __call__(
         self,
@@ -200,11 +204,12 @@ class CudnnAttention:
         local: Bool[Array, ""] | None,
         config: DecoderConfig,
     ) -> Float[Array, "B T N H"]:
-        if config.attention_soft_cap:
-            raise ValueError(
-                f"got attention_soft_cap {config.attention_soft_cap}; expected none, which is all "
-                "that cuDNN's attention knows; use the plain path"
-            )
+        require(
+            not config.attention_soft_cap,
+            f"attention_soft_cap {config.attention_soft_cap}",
+            "none, which is all that cuDNN's attention knows",
+            "use the plain path",
+        )
         attend = functools.partial(self._attend, config)
         segments = segment_ids if self.packed else None
         return _on_each_device(self.sharding, attend, query, key, value, segments, local)
@@ -329,11 +334,13 @@ def _on_each_device(
         return attend(query, key, value, segment_ids, local)
     shape = sharding.mesh.shape
     parts = [math.prod(shape[axis] for axis in axes) for axes in (sharding.batch, sharding.heads)]
-    if query.shape[0] % parts[0] or key.shape[2] % parts[1]:
-        raise ValueError(
-            f"got {query.shape[0]} rows and {key.shape[2]} key/value heads over {parts[0]} and "
-            f"{parts[1]} parts of the mesh; expected multiples; change the batch or the mesh"
-        )
+    require(
+        query.shape[0] % parts[0] == 0 and key.shape[2] % parts[1] == 0,
+        f"{query.shape[0]} rows and {key.shape[2]} key/value heads over {parts[0]} and {parts[1]} "
+        "parts of the mesh",
+        "multiples",
+        "change the batch or the mesh",
+    )
     rows = PartitionSpec(sharding.batch)
     heads = PartitionSpec(sharding.batch, None, sharding.heads)
     return jax.shard_map(

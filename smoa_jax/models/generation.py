@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.adapter.types import Params
+from smoa_jax.checks import require
 from smoa_jax.models.beam import NextLogits, beam_search
 from smoa_jax.models.cache import KVCache, empty_cache
 from smoa_jax.models.decoder import Decoder
@@ -52,26 +53,30 @@ class GenerationConfig:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise ValueError(
-                f"got max_new_tokens {self.max_new_tokens} and num_beams {self.num_beams}; "
-                "expected at least 1 of each; raise them"
-            )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"got temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; "
-                "expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1; correct them"
-            )
-        if self.temperature == 0 and (self.top_k != 0 or self.top_p != 1):
-            raise ValueError(
-                f"got top_k {self.top_k} and top_p {self.top_p} at temperature 0; expected neither "
-                "when the best token is taken; set a temperature, or leave them out"
-            )
-        if self.temperature > 0 and self.num_beams > 1:
-            raise ValueError(
-                f"got temperature {self.temperature} and num_beams {self.num_beams}; expected one "
-                "of sampling and beam search; set temperature 0 or num_beams 1"
-            )
+        require(
+            self.max_new_tokens >= 1 and self.num_beams >= 1,
+            f"max_new_tokens {self.max_new_tokens} and num_beams {self.num_beams}",
+            "at least 1 of each",
+            "raise them",
+        )
+        require(
+            self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1,
+            f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}",
+            "temperature >= 0, top_k >= 0 and 0 < top_p <= 1",
+            "correct them",
+        )
+        require(
+            self.temperature != 0 or (self.top_k == 0 and self.top_p == 1),
+            f"top_k {self.top_k} and top_p {self.top_p} at temperature 0",
+            "neither when the best token is taken",
+            "set a temperature, or leave them out",
+        )
+        require(
+            self.temperature <= 0 or self.num_beams <= 1,
+            f"temperature {self.temperature} and num_beams {self.num_beams}",
+            "one of sampling and beam search",
+            "set temperature 0 or num_beams 1",
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -116,11 +121,12 @@ def generate(
     """
     tokens, counts = np.asarray(prompts), np.asarray(lengths)
     _check_prompts(model, tokens, counts, config, padding)
-    if config.temperature > 0 and key is None:
-        raise ValueError(
-            f"got no key with temperature {config.temperature}; expected one to sample with; "
-            "give a jax.random.key"
-        )
+    require(
+        config.temperature <= 0 or key is not None,
+        f"no key with temperature {config.temperature}",
+        "one to sample with",
+        "give a jax.random.key",
+    )
     aligned, starts = _right_aligned(tokens, counts, padding, config.pad_id)
     settings = {
         "eos_ids": np.asarray(config.eos_ids, np.int32),
@@ -150,29 +156,32 @@ def prompt_bucket(length: int) -> int:
 def _check_prompts(
     model: Decoder, tokens: np.ndarray, counts: np.ndarray, config: GenerationConfig, padding: str
 ) -> None:
-    if padding not in ("left", "right"):
-        raise ValueError(f"got padding {padding!r}; expected 'left' or 'right'; choose one")
-    if tokens.ndim != 2 or counts.shape != tokens.shape[:1] or not tokens.size:
-        raise ValueError(
-            f"got prompts of shape {tokens.shape} and lengths of shape {counts.shape}; expected "
-            "(B, T) and (B,), neither empty; pad the prompts to one width"
-        )
-    if counts.min() < 1 or counts.max() > tokens.shape[1]:
-        raise ValueError(
-            f"got prompt lengths from {counts.min()} to {counts.max()}; expected 1 to the prompts' "
-            f"width of {tokens.shape[1]}; leave empty prompts out"
-        )
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-        raise ValueError(
-            f"got token ids from {tokens.min()} to {tokens.max()}; expected 0 to "
-            f"{model.config.vocab_size - 1}; use this model's own tokenizer"
-        )
+    require(padding in ("left", "right"), f"padding {padding!r}", "'left' or 'right'", "choose one")
+    require(
+        tokens.ndim == 2 and counts.shape == tokens.shape[:1] and tokens.size > 0,
+        f"prompts of shape {tokens.shape} and lengths of shape {counts.shape}",
+        "(B, T) and (B,), neither empty",
+        "pad the prompts to one width",
+    )
+    require(
+        counts.min() >= 1 and counts.max() <= tokens.shape[1],
+        f"prompt lengths from {counts.min()} to {counts.max()}",
+        f"1 to the prompts' width of {tokens.shape[1]}",
+        "leave empty prompts out",
+    )
+    require(
+        tokens.min() >= 0 and tokens.max() < model.config.vocab_size,
+        f"token ids from {tokens.min()} to {tokens.max()}",
+        f"0 to {model.config.vocab_size - 1}",
+        "use this model's own tokenizer",
+    )
     longest = int(counts.max()) + config.max_new_tokens
-    if longest > model.config.max_positions:
-        raise ValueError(
-            f"got a prompt of {counts.max()} tokens and {config.max_new_tokens} new ones; expected "
-            f"at most {model.config.max_positions} together; shorten one of them"
-        )
+    require(
+        longest <= model.config.max_positions,
+        f"a prompt of {counts.max()} tokens and {config.max_new_tokens} new ones",
+        f"at most {model.config.max_positions} together",
+        "shorten one of them",
+    )
 
 
 def _right_aligned(

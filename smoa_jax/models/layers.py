@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from smoa_jax.adapter.modulation import dense_matmul, modulated_matmul
+from smoa_jax.adapter.modulation import modulated_matmul
+from smoa_jax.adapter.products import dense_matmul
 from smoa_jax.adapter.types import SMOA_KEY
 
 #: Name under which every projection's output is known to ``jax.checkpoint``'s policies.

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from smoa_jax.checks import require
+
 #: Mesh axes, outermost first.
 AXES = ("data", "fsdp", "tensor")
 #: Mesh axes over which the batch is divided.
@@ -38,11 +40,11 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = self.sizes
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ValueError(
-                f"got mesh sizes data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}; "
-                "expected positive numbers, at most one of them -1 (all devices that are left)"
-            )
+        require(
+            sizes.count(-1) <= 1 and not any(size < 1 and size != -1 for size in sizes),
+            f"mesh sizes data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}",
+            "positive numbers, at most one of them -1 (all devices that are left)",
+        )
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -102,11 +104,12 @@ def check_batch(mesh: Mesh, rows: int, what: str = "batch_size") -> None:
         ValueError: naming both numbers.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
-        raise ValueError(
-            f"got {what}={rows} on a mesh of data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']}; expected a multiple of {parts}; change {what} or the mesh"
-        )
+    require(
+        rows % parts == 0,
+        f"{what}={rows} on a mesh of data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}",
+        f"a multiple of {parts}",
+        f"change {what} or the mesh",
+    )
 
 
 def rows_for_mesh(rows: int, mesh: Mesh) -> int:

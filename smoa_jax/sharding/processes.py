@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from smoa_jax.adapter.planning.exchange import raise_together
+from smoa_jax.checks import require
 from smoa_jax.sharding.mesh import BATCH_AXES
 
 
@@ -45,17 +46,17 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         given = (self.coordinator_address != "", self.num_processes > 0, self.process_id >= 0)
-        if any(given) and not (all(given) and self.process_id < self.num_processes):
-            raise ValueError(
-                f"got distributed.coordinator_address={self.coordinator_address!r}, "
-                f"num_processes={self.num_processes}, process_id={self.process_id}; expected all "
-                "three, with a process_id below num_processes, or none of them"
-            )
-        if any(given) and not self.initialize:
-            raise ValueError(
-                "got a distributed.coordinator_address with distributed.initialize=false; "
-                "expected true to use it"
-            )
+        require(
+            not any(given) or (all(given) and self.process_id < self.num_processes),
+            f"distributed.coordinator_address={self.coordinator_address!r}, "
+            f"num_processes={self.num_processes}, process_id={self.process_id}",
+            "all three, with a process_id below num_processes, or none of them",
+        )
+        require(
+            not any(given) or self.initialize,
+            "a distributed.coordinator_address with distributed.initialize=false",
+            "true to use it",
+        )
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -112,10 +113,11 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
         for device in devices:
             rows.setdefault(device.process_index, set()).add(place)
     shares = sorted({tuple(sorted(places)) for places in rows.values()})
-    if sum(map(len, shares)) != parts[0] * parts[1] or len(set(map(len, shares))) != 1:
-        raise ValueError(
-            f"got a mesh of {dict(mesh.shape)} whose processes hold rows {shares} of a batch in "
-            f"{parts[0] * parts[1]} parts; expected equal shares that are apart or the same; make "
-            "mesh.tensor a divisor or a multiple of the devices of a process"
-        )
+    require(
+        sum(map(len, shares)) == parts[0] * parts[1] and len(set(map(len, shares))) == 1,
+        f"a mesh of {dict(mesh.shape)} whose processes hold rows {shares} of a batch in "
+        f"{parts[0] * parts[1]} parts",
+        "equal shares that are apart or the same",
+        "make mesh.tensor a divisor or a multiple of the devices of a process",
+    )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)

@@ -7,6 +7,7 @@ cover, or that a rule does not divide is an error: nothing is replicated in sile
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -15,8 +16,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from smoa_jax.adapter.placement import modulation_shardings
+from smoa_jax.adapter.targets import lookup
 from smoa_jax.adapter.tree import kernel_key
 from smoa_jax.adapter.types import Params, is_modulation
+from smoa_jax.checks import require
 from smoa_jax.sharding.mesh import AXES, BATCH_AXES
 
 #: Path pattern -> comma-separated mesh axes, ``-`` for none, or ``replicate``.
@@ -55,12 +58,12 @@ def parse_rule(pattern: str, text: str) -> PartitionSpec | None:
     names = [name.strip() for name in text.split(",")]
     axes = [None if name == "-" else tuple(name.split("+")) for name in names]
     used = [axis for group in axes if group for axis in group]
-    if any(axis not in AXES for axis in used) or len(set(used)) != len(used):
-        raise ValueError(
-            f"got sharding rule {pattern!r}: {text!r}; expected one entry per dimension, each a "
-            f"mesh axis ({', '.join(AXES)}; several joined by +) or -, no axis twice, or the word "
-            "replicate"
-        )
+    require(
+        set(used) <= set(AXES) and len(set(used)) == len(used),
+        f"sharding rule {pattern!r}: {text!r}",
+        f"one entry per dimension, each a mesh axis ({', '.join(AXES)}; several joined by +) or "
+        "-, no axis twice, or the word replicate",
+    )
     return PartitionSpec(*(group[0] if group and len(group) == 1 else group for group in axes))
 
 
@@ -72,40 +75,23 @@ def param_shardings(params: Params, mesh: Mesh, rules: Rules = DECODER_RULES) ->
     """
     parsed = {pattern: parse_rule(pattern, text) for pattern, text in rules.items()}
 
-    def spec_of(path: tuple[str, ...], leaf: Any) -> PartitionSpec:
-        name = "/".join(path)
+    def sharding(path: tuple[str, ...], leaf: Any) -> NamedSharding:
+        name, shape = "/".join(path), tuple(leaf.shape)
         matching = [pattern for pattern in parsed if re.fullmatch(pattern, name)]
-        if len(matching) != 1:
-            raise ValueError(
-                f"got {len(matching)} sharding rules for {name} {tuple(leaf.shape)}"
-                f"{': ' + ', '.join(matching) if matching else ''}; expected exactly one; add or "
-                "narrow a rule (the word replicate keeps a tensor whole)"
-            )
-        spec = parsed[matching[0]]
-        if spec is None:
-            return PartitionSpec(*(None,) * len(leaf.shape))
-        if len(spec) != len(leaf.shape):
-            raise ValueError(
-                f"got sharding rule {matching[0]!r} with {len(spec)} entries for {name} of shape "
-                f"{tuple(leaf.shape)}; expected one entry per dimension"
-            )
-        _check_divides(name, leaf.shape, spec, mesh)
-        return spec
+        _check_rule(name, shape, matching, parsed)
+        spec = parsed[matching[0]] or PartitionSpec(*(None,) * len(shape))
+        _check_divides(name, shape, spec, mesh)
+        return NamedSharding(mesh, spec)
 
-    def visit(tree: Params, path: tuple[str, ...]) -> Params:
-        result: Params = {}
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                result[key] = visit(value, (*path, key))
-            elif not is_modulation(value):
-                result[key] = NamedSharding(mesh, spec_of((*path, key), value))
-        for key, value in tree.items():
-            if is_modulation(value):
-                kernel = kernel_key(tree, value, ".".join(path))
-                result[key] = modulation_shardings(value, result[kernel])
-        return {key: result[key] for key in tree}
+    def place(path: Any, leaf: Any) -> Any:
+        keys = tuple(key.key for key in path)
+        if not is_modulation(leaf):
+            return sharding(keys, leaf)
+        module = lookup(params, keys[:-1])
+        kernel = kernel_key(module, leaf, ".".join(keys[:-1]))
+        return modulation_shardings(leaf, sharding((*keys[:-1], kernel), module[kernel]))
 
-    return visit(params, ())
+    return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_modulation)
 
 
 def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
@@ -125,21 +111,44 @@ def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
         ValueError: naming the numbers.
     """
     tensor = mesh.shape["tensor"]
-    if num_heads % tensor or num_kv_heads % tensor:
-        raise ValueError(
-            f"got tensor={tensor} for {num_heads} query and {num_kv_heads} key/value heads; "
-            "expected a divisor of both; lower mesh.tensor and raise mesh.fsdp"
-        )
+    require(
+        num_heads % tensor == 0 and num_kv_heads % tensor == 0,
+        f"tensor={tensor} for {num_heads} query and {num_kv_heads} key/value heads",
+        "a divisor of both",
+        "lower mesh.tensor and raise mesh.fsdp",
+    )
+
+
+def _check_rule(
+    name: str,
+    shape: tuple[int, ...],
+    matching: list[str],
+    parsed: Mapping[str, PartitionSpec | None],
+) -> None:
+    """Refuse a leaf without a rule, with two, or with one for another number of axes."""
+    require(
+        len(matching) == 1,
+        f"{len(matching)} sharding rules for {name} {shape}"
+        f"{': ' + ', '.join(matching) if matching else ''}",
+        "exactly one",
+        "add or narrow a rule (the word replicate keeps a tensor whole)",
+    )
+    spec = parsed[matching[0]]
+    require(
+        spec is None or len(spec) == len(shape),
+        f"sharding rule {matching[0]!r} with {len(spec or ())} entries for {name} of shape {shape}",
+        "one entry per dimension",
+    )
 
 
 def _check_divides(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    """Refuse a leaf whose axes the mesh does not divide."""
     for size, entry in zip(shape, spec, strict=True):
         axes = (entry,) if isinstance(entry, str) else (entry or ())
-        parts = 1
-        for axis in axes:
-            parts *= mesh.shape[axis]
-        if size % parts:
-            raise ValueError(
-                f"got {name} of shape {tuple(shape)} over {'+'.join(axes)}={parts}; expected "
-                f"{size} to be a multiple of {parts}; change the mesh, or give this path a rule"
-            )
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        require(
+            size % parts == 0,
+            f"{name} of shape {shape} over {'+'.join(axes)}={parts}",
+            f"{size} to be a multiple of {parts}",
+            "change the mesh, or give this path a rule",
+        )

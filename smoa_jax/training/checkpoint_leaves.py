@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Sharding
 
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax import checks
+from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 
 _BASE_LEAVES = ("kernel", "embedding", "bands")
 
@@ -41,16 +42,17 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def check_saveable(leaves: Mapping[str, Any]) -> None:
     for name, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array):
-            raise ValueError(
-                f"got {name} of type {type(leaf).__name__} in the state; expected a jax.Array; "
-                "put it on devices, or plain JSON into data_position"
-            )
-        if name.rsplit("/", 1)[-1] in _BASE_LEAVES:
-            raise ValueError(
-                f"got {name} in the state, a frozen weight; expected what the adapter adds alone: "
-                "partition(params)[0] and adapter_leaves(params)"
-            )
+        checks.require(
+            isinstance(leaf, jax.Array),
+            f"{name} of type {type(leaf).__name__} in the state",
+            "a jax.Array",
+            "put it on devices, or plain JSON into data_position",
+        )
+        checks.require(
+            name.rsplit("/", 1)[-1] not in _BASE_LEAVES,
+            f"{name} in the state, a frozen weight",
+            "what the adapter adds alone: partition(params)[0] and adapter_leaves(params)",
+        )
 
 
 def as_json(value: Mapping[str, Any]) -> Any:
@@ -91,11 +93,12 @@ def as_key(leaf: jax.Array, described: Mapping[str, Any]) -> jax.Array:
 
 def check_targets(where: str, targets: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     for name, target in targets.items():
-        if not isinstance(getattr(target, "sharding", None), Sharding):
-            raise ValueError(
-                f"got an abstract {name} without a sharding; expected one on every leaf; make the "
-                "abstract state with jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
-            )
+        checks.require(
+            isinstance(getattr(target, "sharding", None), Sharding),
+            f"an abstract {name} without a sharding",
+            "one on every leaf",
+            "make the abstract state with jax.ShapeDtypeStruct(shape, dtype, sharding=...)",
+        )
     missing = [name for name in targets if name not in tensors]
     surplus = [name for name in tensors if name not in targets]
     if missing or surplus:
@@ -108,12 +111,13 @@ def check_targets(where: str, targets: Mapping[str, Any], tensors: Mapping[str, 
     for name, target in targets.items():
         got = (tuple(tensors[name]["shape"]), tensors[name]["dtype"])
         expected = (tuple(target.shape), str(target.dtype))
-        if got != expected:
-            raise CheckpointError(
-                f"{where}: got {name} as {got[1]}{list(got[0])}; expected "
-                f"{expected[1]}{list(expected[0])}; resume with the configuration that it was "
-                "saved with"
-            )
+        require(
+            got == expected,
+            f"{name} as {got[1]}{list(got[0])}",
+            f"{expected[1]}{list(expected[0])}",
+            "resume with the configuration that it was saved with",
+            where=where,
+        )
 
 
 def check_restored(where: str, name: str, leaf: Any, target: Any) -> None:

@@ -33,7 +33,8 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax import checks
+from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 from smoa_jax.training.checkpoint_leaves import (
     absolute,
     as_json,
@@ -117,16 +118,24 @@ class TrainingCheckpoints:
         best_mode: Literal["min", "max"] = "min",
         read_only: bool = False,
     ):
-        if keep_last < 1 or keep_best < 0 or best_mode not in ("min", "max"):
-            raise ValueError(
-                f"got keep_last={keep_last}, keep_best={keep_best}, best_mode={best_mode!r}; "
-                "expected at least 1, at least 0, and min or max"
-            )
-        if identity is None and not read_only:
-            raise ValueError("got no identity; expected one, unless read_only; give the run's own")
+        checks.require(
+            keep_last >= 1 and keep_best >= 0 and best_mode in ("min", "max"),
+            f"keep_last={keep_last}, keep_best={keep_best}, best_mode={best_mode!r}",
+            "at least 1, at least 0, and min or max",
+        )
+        checks.require(
+            identity is not None or read_only,
+            "no identity",
+            "one, unless read_only",
+            "give the run's own",
+        )
         self.directory = absolute(directory)
-        if read_only and not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: no such directory; expected checkpoints")
+        require(
+            not read_only or self.directory.is_dir(),
+            "what is no directory",
+            "the checkpoints of a run",
+            where=self.directory,
+        )
         self._identity = identity
         self._best_metric = best_metric
         self._read_only = read_only
@@ -205,11 +214,12 @@ class TrainingCheckpoints:
                 self.wait()
             return False
         latest = self.latest_step()
-        if latest is not None and step <= latest:
-            raise CheckpointError(
-                f"{self.directory}: got step {step} to save after step {latest}; expected a later "
-                "one: resume from the latest step, or use a new directory"
-            )
+        require(
+            latest is None or step > latest,
+            f"step {step} to save after step {latest}",
+            "a later one: resume from the latest step, or use a new directory",
+            where=self.directory,
+        )
         record = {
             "format_version": FORMAT_VERSION,
             "step": int(step),
@@ -332,15 +342,19 @@ class TrainingCheckpoints:
     def _known(self, step: int | None) -> int:
         """``step``, or the latest for None."""
         steps = self.all_steps()
-        if not steps:
-            raise CheckpointError(
-                f"{self.directory}: no checkpoint in it; expected at least one; train with "
-                "train.save_every, or to the end"
-            )
-        if step is not None and step not in steps:
-            raise CheckpointError(
-                f"{self.directory}: no checkpoint of step {step}; expected one of {listed(steps)}"
-            )
+        require(
+            bool(steps),
+            "no checkpoint in it",
+            "at least one",
+            "train with train.save_every, or to the end",
+            where=self.directory,
+        )
+        require(
+            step is None or step in steps,
+            f"no checkpoint of step {step}",
+            f"one of {listed(steps)}",
+            where=self.directory,
+        )
         return steps[-1] if step is None else step
 
     def _read(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,11 +372,13 @@ class TrainingCheckpoints:
         """The JSON of a step, refused if it is another run's."""
         record = self._restore_item(step, _RECORD, ocp.args.JsonRestore())
         where = self.directory / str(step)
-        if record.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{where}: got checkpoint format {record.get('format_version')}; expected "
-                f"{FORMAT_VERSION}; read it with the version of smoa_jax that wrote it"
-            )
+        require(
+            record.get("format_version") == FORMAT_VERSION,
+            f"checkpoint format {record.get('format_version')}",
+            f"{FORMAT_VERSION}",
+            "read it with the version of smoa_jax that wrote it",
+            where=where,
+        )
         if self._identity is None:
             return record
         different = differences(record["identity"], self._identity.as_json())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from smoa_jax.checkpoint.directories import check_apart
+from smoa_jax.checks import require
 from smoa_jax.data.build import Data
 from smoa_jax.evaluation.scoring import check_questions
 from smoa_jax.sharding.mesh import check_batch
@@ -32,29 +33,43 @@ def check_directory(
 ) -> None:
     """Refuse a directory that holds something else than the run to resume or replace."""
     path = directory.path
-    if resume and overwrite:
-        raise RunError("got both resume and overwrite; expected one of them; leave one out")
-    if path.exists() and not path.is_dir():
-        raise RunError(
-            f"got train.output_dir={path}, which is a file; expected a directory; choose another"
-        )
-    if resume and not directory.holds_run:
-        raise RunError(
-            f"got resume for {path}, which holds no run (no {directory.config_file.name}); "
-            "expected the directory of an interrupted run; leave --resume out to start one"
-        )
-    if directory.is_occupied and not (resume or overwrite):
-        raise RunError(
-            f"got train.output_dir={path}, which is not empty; expected a new directory; "
-            "--resume goes on with the run there, --overwrite deletes it"
-        )
+    require(
+        not resume or not overwrite,
+        "both resume and overwrite",
+        "one of them",
+        "leave one out",
+        error=RunError,
+    )
+    require(
+        not path.exists() or path.is_dir(),
+        f"train.output_dir={path}, which is a file",
+        "a directory",
+        "choose another",
+        error=RunError,
+    )
+    require(
+        not resume or directory.holds_run,
+        f"resume for {path}, which holds no run (no {directory.config_file.name})",
+        "the directory of an interrupted run",
+        "leave --resume out to start one",
+        error=RunError,
+    )
+    require(
+        not directory.is_occupied or (resume or overwrite),
+        f"train.output_dir={path}, which is not empty",
+        "a new directory",
+        "--resume goes on with the run there, --overwrite deletes it",
+        error=RunError,
+    )
     if directory.is_occupied and overwrite:
-        if not directory.holds_run:
-            raise RunError(
-                f"got overwrite for {path}, which is not empty but holds no run (no "
-                f"{directory.config_file.name}); expected a run's directory; choose another, or "
-                "empty it yourself"
-            )
+        require(
+            directory.holds_run,
+            f"overwrite for {path}, which is not empty but holds no run (no "
+            f"{directory.config_file.name})",
+            "a run's directory",
+            "choose another, or empty it yourself",
+            error=RunError,
+        )
         check_apart(path, [config.model.path, *config.data.train_files, *config.data.eval_files])
 
 
@@ -71,38 +86,48 @@ def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
 def _check_positions(config: RunConfig, max_positions: int, data: Data) -> None:
     """Refuse rows and questions with more positions than the model was pretrained on."""
     longest = max(int(rows.examples.lengths.max()) for rows in (data.train, data.eval) if rows)
-    if longest > max_positions:
-        raise RunError(
-            f"got a row of {longest} tokens for a model of {max_positions} positions; expected at "
-            f"most as many; lower data.max_length={config.data.max_length}"
-        )
+    require(
+        longest <= max_positions,
+        f"a row of {longest} tokens for a model of {max_positions} positions",
+        "at most as many",
+        f"lower data.max_length={config.data.max_length}",
+        error=RunError,
+    )
     settings = config.evaluation
     prompts = data.questions.prompts[: settings.rows]
     longest = max((len(prompt) for prompt in prompts), default=0)
-    if prompts and longest + settings.max_new_tokens > max_positions:
-        raise RunError(
-            f"got a held-out question of {longest} tokens and evaluation.max_new_tokens="
-            f"{settings.max_new_tokens} for a model of {max_positions} positions; expected at most "
-            "as many together; lower evaluation.max_new_tokens or data.max_length"
-        )
+    require(
+        not prompts or longest + settings.max_new_tokens <= max_positions,
+        f"a held-out question of {longest} tokens and "
+        f"evaluation.max_new_tokens={settings.max_new_tokens} for a model of "
+        f"{max_positions} positions",
+        "at most as many together",
+        "lower evaluation.max_new_tokens or data.max_length",
+        error=RunError,
+    )
 
 
 def check_vocabulary(largest: int, vocab_size: int, model: str) -> None:
     """Refuse token ids that the model has no embedding for."""
-    if largest >= vocab_size:
-        raise RunError(
-            f"got token id {largest} from the tokenizer of {model} for a model with "
-            f"{vocab_size} embeddings; expected smaller ids; use the tokenizer of this model"
-        )
+    require(
+        largest < vocab_size,
+        f"token id {largest} from the tokenizer of {model} for a model with "
+        f"{vocab_size} embeddings",
+        "smaller ids",
+        "use the tokenizer of this model",
+        error=RunError,
+    )
 
 
 def check_steps(steps: int, restored_step: int) -> None:
     """Refuse to resume a run that has gone further than it is now told to."""
-    if restored_step > steps:
-        raise RunError(
-            f"got a run of {steps} steps to resume from step {restored_step}; expected at least "
-            f"as many; raise train.steps, or start a new run in another train.output_dir"
-        )
+    require(
+        restored_step <= steps,
+        f"a run of {steps} steps to resume from step {restored_step}",
+        "at least as many",
+        "raise train.steps, or start a new run in another train.output_dir",
+        error=RunError,
+    )
 
 
 def describe_data(data: Data) -> str:

@@ -11,6 +11,7 @@ import math
 from typing import Literal, get_args
 
 from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.checks import require
 from smoa_jax.data.config import DataConfig
 from smoa_jax.evaluation.answers import check_task
 from smoa_jax.models.options import REMAT_NAMES, AttentionName
@@ -51,22 +52,23 @@ class ModelConfig:
     spectra_cache: str = "auto"
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("got an empty model.path; expected a directory or a GGUF file")
+        require(bool(self.path), "an empty model.path", "a directory or a GGUF file")
         for name in ("dtype", "compute_dtype"):
-            if getattr(self, name) not in ("auto", *get_args(DType)):
-                raise ValueError(
-                    f"got model.{name}={getattr(self, name)!r}; expected auto, float32 or bfloat16"
-                )
-        if self.remat not in REMAT_NAMES:
-            raise ValueError(
-                f"got model.remat={self.remat!r}; expected one of {', '.join(REMAT_NAMES)}"
+            require(
+                getattr(self, name) in ("auto", *get_args(DType)),
+                f"model.{name}={getattr(self, name)!r}",
+                "auto, float32 or bfloat16",
             )
-        if self.attention not in get_args(AttentionName):
-            raise ValueError(
-                f"got model.attention={self.attention!r}; expected one of "
-                f"{', '.join(get_args(AttentionName))}"
-            )
+        require(
+            self.remat in REMAT_NAMES,
+            f"model.remat={self.remat!r}",
+            f"one of {', '.join(REMAT_NAMES)}",
+        )
+        require(
+            self.attention in get_args(AttentionName),
+            f"model.attention={self.attention!r}",
+            f"one of {', '.join(get_args(AttentionName))}",
+        )
         for pattern, text in self.sharding_rules.items():
             parse_rule(pattern, text)
 
@@ -101,29 +103,36 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate is not None and not (
-            math.isfinite(self.learning_rate) and self.learning_rate > 0
-        ):
-            raise ValueError(
-                f"got optimizer.learning_rate={self.learning_rate}; expected a positive number"
-            )
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(
-                f"got optimizer.schedule={self.schedule!r}; expected linear, cosine or constant"
-            )
+        require(
+            self.learning_rate is None
+            or (math.isfinite(self.learning_rate) and self.learning_rate > 0),
+            f"optimizer.learning_rate={self.learning_rate}",
+            "a positive number",
+        )
+        require(
+            self.schedule in get_args(Schedule),
+            f"optimizer.schedule={self.schedule!r}",
+            "linear, cosine or constant",
+        )
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 or more")
+            require(
+                getattr(self, name) >= 0,
+                f"optimizer.{name}={getattr(self, name)}",
+                "0 or more",
+            )
         for name in ("final_fraction", "max_warmup_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"got optimizer.{name}={getattr(self, name)}; expected 0 to 1")
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"optimizer.{name}={getattr(self, name)}",
+                "0 to 1",
+            )
         for name in ("beta1", "beta2"):  # at 1 a moment would never move, and its bias divide by 0
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"got optimizer.{name}={getattr(self, name)}; expected 0 to below 1"
-                )
-        if not self.epsilon > 0:
-            raise ValueError(f"got optimizer.epsilon={self.epsilon}; expected a positive number")
+            require(
+                0 <= getattr(self, name) < 1,
+                f"optimizer.{name}={getattr(self, name)}",
+                "0 to below 1",
+            )
+        require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon}", "a positive number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,11 +172,9 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("got an empty train.output_dir; expected a directory for the run")
+        require(bool(self.output_dir), "an empty train.output_dir", "a directory for the run")
         for name in ("batch_size", "accumulate", "keep_last", "loss_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got train.{name}={getattr(self, name)}; expected at least 1")
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}", "at least 1")
         for name in (
             "steps",
             "seed",
@@ -177,15 +184,18 @@ class TrainConfig:
             "keep_best",
             "max_skipped",
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got train.{name}={getattr(self, name)}; expected 0 or more")
-        if self.steps == 0 and not self.epochs > 0:
-            raise ValueError("got train.steps=0 and no epochs; expected one of them positive")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"got train.batch_size={self.batch_size} in train.accumulate={self.accumulate} "
-                "parts; expected a multiple; change one of them"
-            )
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}", "0 or more")
+        require(
+            self.steps != 0 or self.epochs > 0,
+            "train.steps=0 and no epochs",
+            "one of them positive",
+        )
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} in train.accumulate={self.accumulate} parts",
+            "a multiple",
+            "change one of them",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,11 +220,12 @@ class GenerationEvalConfig:
     before: bool = True
 
     def __post_init__(self) -> None:
-        if self.rows < 0 or self.max_new_tokens < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"got evaluation.rows={self.rows}, max_new_tokens={self.max_new_tokens}, "
-                f"batch_size={self.batch_size}; expected at least 0, 1 and 1"
-            )
+        require(
+            self.rows >= 0 and self.max_new_tokens >= 1 and self.batch_size >= 1,
+            f"evaluation.rows={self.rows}, max_new_tokens={self.max_new_tokens}, "
+            f"batch_size={self.batch_size}",
+            "at least 0, 1 and 1",
+        )
         check_task(self.task, self.answer)
 
 

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.native.directory import save_adapter
+from smoa_jax.checks import require
 from smoa_jax.evaluation.scoring import Answers
 from smoa_jax.sharding.processes import is_first, together
 from smoa_jax.training.config import RunConfig
@@ -93,11 +94,13 @@ class RunDirectory(contextlib.AbstractContextManager):
                 return
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            if self.is_occupied and not overwrite:
-                raise RunError(
-                    f"got train.output_dir={self.path}, where another run began meanwhile; "
-                    "expected a directory of its own; choose another"
-                )
+            require(
+                not self.is_occupied or overwrite,
+                f"train.output_dir={self.path}, where another run began meanwhile",
+                "a directory of its own",
+                "choose another",
+                error=RunError,
+            )
             for entry in self.path.iterdir():
                 if entry.name == _LOCK:
                     continue

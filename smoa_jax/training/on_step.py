@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from smoa_jax.checks import require
 from smoa_jax.training.config import TrainConfig
 from smoa_jax.training.directory import RunError, jsonable
 from smoa_jax.training.loop import CompletionClock, OnStep, Taken, compilations
@@ -123,12 +124,13 @@ class BetweenSteps:
             f"loss {values['loss']:.4f}  {values['tokens_per_second']:.0f} tok/s  "
             f"{seconds:.2f} s/step{note}",
         )
-        if values["skipped"] > self._settings.max_skipped:
-            raise RunError(
-                f"got {int(values['skipped'])} steps whose loss or gradient is not finite by step "
-                f"{step}; expected at most train.max_skipped={self._settings.max_skipped}; "
-                "lower optimizer.learning_rate, or look at the data"
-            )
+        require(
+            values["skipped"] <= self._settings.max_skipped,
+            f"{int(values['skipped'])} steps whose loss or gradient is not finite by step {step}",
+            f"at most train.max_skipped={self._settings.max_skipped}",
+            "lower optimizer.learning_rate, or look at the data",
+            error=RunError,
+        )
 
 
 def _is_due(every: int, step: int) -> bool:

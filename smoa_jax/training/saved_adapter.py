@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from smoa_jax import checks
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.checkpoint.base import abstract_base
 from smoa_jax.checkpoint.directories import put_back
-from smoa_jax.checkpoint.errors import CheckpointError
-from smoa_jax.checkpoint.native.directory import CONFIG_FILE, save_adapter
+from smoa_jax.checkpoint.errors import CheckpointError, require
+from smoa_jax.checkpoint.native.directory import ADAPTER_FILE, save_adapter
 from smoa_jax.checkpoint.native.leaves import attach_leaves
 from smoa_jax.training.checkpoints import TrainingCheckpoints
 from smoa_jax.training.directory import RunDirectory
@@ -43,12 +44,15 @@ def adapter_directory(path: str | Path, checkpoint: str, model: str) -> Iterator
     put_back(given)
     run = _run_of(given)
     if not checkpoint:
-        yield given if run is None or (given / CONFIG_FILE).is_file() else _finished(run)
+        yield given if run is None or (given / ADAPTER_FILE).is_file() else _finished(run)
         return
     if run is None:
-        raise CheckpointError(
-            f"{given}: got --checkpoint {checkpoint} for what is no run; expected the directory of "
-            "a run (with config.yaml and checkpoints), or the adapter in one; leave it out"
+        checks.refuse(
+            f"--checkpoint {checkpoint} for what is no run",
+            "the directory of a run (with config.yaml and checkpoints), or the adapter in one",
+            "leave it out",
+            where=given,
+            error=CheckpointError,
         )
     with tempfile.TemporaryDirectory(prefix="smoa-adapter-") as folder:
         yield write_checkpoint_adapter(run, checkpoint, model, Path(folder) / "adapter")
@@ -99,11 +103,13 @@ def _run_of(path: Path) -> RunDirectory | None:
 
 def _finished(run: RunDirectory) -> Path:
     put_back(run.adapter)
-    if not (run.adapter / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"{run.path}: got a run that isn't finished, so it holds no adapter; expected a "
-            "finished one; resume it, or name one of its checkpoints (--checkpoint last)"
-        )
+    require(
+        (run.adapter / ADAPTER_FILE).is_file(),
+        "a run that isn't finished, so it holds no adapter",
+        "a finished one",
+        "resume it, or name one of its checkpoints (--checkpoint last)",
+        where=run.path,
+    )
     return run.adapter
 
 
@@ -112,12 +118,17 @@ def _step(checkpoints: TrainingCheckpoints, checkpoint: str) -> int | None:
         return None
     if checkpoint == "best":
         best = checkpoints.best_step()
-        if best is None:
-            raise CheckpointError(
-                f"{checkpoints.directory}: got --checkpoint best, and none with a held-out loss; "
-                "expected a run that evaluates; use --checkpoint last, or a step's number"
-            )
+        require(
+            best is not None,
+            "--checkpoint best, and none with a held-out loss",
+            "a run that evaluates",
+            "use --checkpoint last, or a step's number",
+            where=checkpoints.directory,
+        )
         return best
-    if not checkpoint.isdigit():
-        raise ValueError(f"got --checkpoint {checkpoint}; expected best, last or a step's number")
+    checks.require(
+        checkpoint.isdigit(),
+        f"--checkpoint {checkpoint}",
+        "best, last or a step's number",
+    )
     return int(checkpoint)

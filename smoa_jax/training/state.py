@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from smoa_jax.adapter.planning.spectra import Progress, Spectra, plan_spectra
 from smoa_jax.adapter.tree import apply_smoa, combine, partition
-from smoa_jax.adapter.types import Params, is_modulation
+from smoa_jax.adapter.types import Params, is_modulation, tensor_fields
 from smoa_jax.checkpoint.native.leaves import abstract_adapter, adapter_leaves, restore_adapter
 from smoa_jax.sharding.mesh import put_batch, replicated
 from smoa_jax.sharding.processes import fetch
@@ -74,17 +74,6 @@ def adapt(config: RunConfig, loaded: LoadedModel, progress: Progress | None = No
     return apply_smoa(loaded.base.params, config.adapter, key, spectra)
 
 
-def place(params: Params, mesh: Mesh, config: RunConfig) -> Params:
-    """Put the modulations of an adapted tree where their kernels' shardings say."""
-    shardings = param_shardings(params, mesh, config.model.sharding_rules)
-    return jax.tree.map(
-        lambda node, where: jax.device_put(node, where) if is_modulation(node) else node,
-        params,
-        shardings,
-        is_leaf=is_modulation,
-    )
-
-
 def start_state(
     config: RunConfig, loaded: LoadedModel, steps: int, progress: Progress | None = None
 ) -> tuple[State, Programs]:
@@ -132,7 +121,7 @@ def resume_state(
         cache_dir=spectra_cache(config.model.spectra_cache),
         progress=progress,
     )
-    frozen = partition(place(params, loaded.mesh, config))[1]
+    frozen = partition(params)[1]
     return state, _programs(config, loaded, optimizer, placed, frozen), restored
 
 
@@ -153,9 +142,9 @@ def whole_adapter(params: Params) -> Params:
         if not is_modulation(node):
             return node
         kept = {
-            field.name: jnp.asarray(fetch(getattr(node, field.name)))
-            for field in dataclasses.fields(node)
-            if not field.metadata.get("static") and field.name != "bands"  # never stored
+            name: jnp.asarray(fetch(leaf))
+            for name, leaf in tensor_fields(node).items()
+            if name != "bands"  # never stored
         }
         return dataclasses.replace(node, **kept)
 

@@ -53,8 +53,9 @@ def batch_loss(
         method="hidden",
     )
 
-    def logits(head: Params, rest: Params, hidden: jax.Array) -> Any:
-        return model.apply({"params": combine(head, rest)}, hidden, method="unembed")
+    def logits(head: Params, rest: Params, hidden: jax.Array, key: jax.Array | None) -> Any:
+        rngs = None if key is None else {"dropout": key}
+        return model.apply({"params": combine(head, rest)}, hidden, method="unembed", rngs=rngs)
 
     return summed_cross_entropy(
         logits,
@@ -64,6 +65,7 @@ def batch_loss(
         batch["targets"],
         batch["loss_mask"],
         chunk,
+        dropout_key,
     )
 
 

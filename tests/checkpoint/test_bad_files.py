@@ -92,13 +92,13 @@ def test_more_layers_than_the_config_says_are_surplus(tmp_path, tensors):
 
 def test_a_shape_that_does_not_fit_the_config_shows_both(tmp_path, tensors):
     message = refusal(write_directory(tmp_path, {**CONFIG, "intermediate_size": 48}, tensors))
-    assert "mlp.gate_proj.weight has shape (96, 32); expected (48, 32)" in message
+    assert "mlp.gate_proj.weight of shape (96, 32); expected (48, 32)" in message
 
 
 def test_quantised_safetensors_are_refused(tmp_path, tensors):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
     message = refusal(write_directory(tmp_path, CONFIG, tensors))
-    assert "model.norm.weight is stored as I8; expected one of F64, F32, F16, BF16" in message
+    assert "model.norm.weight stored as I8; expected one of F64, F32, F16, BF16" in message
 
 
 def test_a_part_that_the_index_names_must_be_there(parts):
@@ -143,7 +143,7 @@ def test_parts_without_their_index_are_refused(parts):
 def test_a_tensor_in_two_parts_is_refused(parts):
     first = parts / "model-00001-of-00003.safetensors"
     (parts / PART).write_bytes(first.read_bytes())
-    assert "expected it once" in refusal(parts)
+    assert "expected every name once" in refusal(parts)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -153,11 +153,11 @@ def test_pickles_are_refused_as_file_and_as_directory(tmp_path, name):
     for path in (tmp_path, tmp_path / name):
         message = refusal(path)
         assert name in message
-        assert "refused; expected safetensors" in message
+        assert "opened; expected safetensors" in message
 
 
 def test_a_directory_without_weights_or_config_says_what_is_missing(tmp_path, whole):
-    assert "no config.json" in refusal(tmp_path)
+    assert "without config.json" in refusal(tmp_path)
     (whole / "model.safetensors").unlink()
     assert "no safetensors file; expected model.safetensors" in refusal(whole)
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from smoa_jax.adapter.targets import walk
 from smoa_jax.checkpoint.huggingface.config import config_from_hf
 from smoa_jax.checkpoint.names import (
-    flatten_tree,
     name_of_gguf,
     tensor_slots,
     unflatten_tree,
@@ -86,5 +86,5 @@ def test_stacks_of_different_depth_are_refused():
 
 def test_unflatten_is_the_inverse_of_flatten():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-    assert flatten_tree(tree) == {("a", "b"): 1, ("a", "c", "d"): 2, ("e",): 3}
-    assert unflatten_tree(flatten_tree(tree)) == tree
+    assert dict(walk(tree)) == {("a", "b"): 1, ("a", "c", "d"): 2, ("e",): 3}
+    assert unflatten_tree(dict(walk(tree))) == tree

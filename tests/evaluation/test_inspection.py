@@ -12,7 +12,7 @@ import pytest
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.merge import merge_smoa
 from smoa_jax.adapter.tree import apply_smoa
-from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectra
+from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectrum
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,19 @@ def adapted(base, config):
         node = module["smoa"]
         module["smoa"] = dataclasses.replace(node, b=jnp.ones_like(node.b))
     return params
+
+
+def spectra_of(params):
+    """Of each layer of the two kernels."""
+    stack, alone = params["layers"]["q_proj"], params["v_proj"]
+    nodes = [jax.tree.map(lambda leaf, n=n: leaf[n], stack["smoa"]) for n in range(3)]
+    return [
+        *(
+            update_spectrum("layers.q_proj", layer, stack["kernel"][layer], node)
+            for layer, node in enumerate(nodes)
+        ),
+        update_spectrum("v_proj", 0, alone["kernel"], alone["smoa"]),
+    ]
 
 
 CONFIGS = {
@@ -63,7 +76,7 @@ def test_counts_follow_the_ranks_of_the_subspaces(base, kind):
 def test_spectra_are_those_of_what_merging_changes(base, kind):
     params = adapted(base, CONFIGS[kind])
     merged = merge_smoa(params)
-    spectra = update_spectra(params)
+    spectra = spectra_of(params)
     assert [(s.name, s.layer) for s in spectra] == [
         *(("layers.q_proj", layer) for layer in range(3)),
         ("v_proj", 0),
@@ -88,19 +101,10 @@ def test_spectra_are_those_of_what_merging_changes(base, kind):
     assert ranks == full
 
 
-def test_chosen_layers_alone_are_decomposed_and_unstacked_kernels_always(base):
-    spectra = update_spectra(adapted(base, CONFIGS["lora"]), (2, 0))
-    assert [(s.name, s.layer) for s in spectra] == [
-        ("layers.q_proj", 0),
-        ("layers.q_proj", 2),
-        ("v_proj", 0),
-    ]
-
-
 def test_a_plot_is_a_picture_and_an_untrained_adapter_has_none(base, tmp_path):
-    plot_spectra(update_spectra(adapted(base, CONFIGS["blocks"])), tmp_path / "plot.png")
+    plot_spectra(spectra_of(adapted(base, CONFIGS["blocks"])), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    untrained = update_spectra(apply_smoa(base, CONFIGS["blocks"], jax.random.key(1)))
+    untrained = spectra_of(apply_smoa(base, CONFIGS["blocks"], jax.random.key(1)))
     assert {spectrum.rank for spectrum in untrained} == {0}
     with pytest.raises(ValueError, match="updates are all zero"):
         plot_spectra(untrained, tmp_path / "none.png")

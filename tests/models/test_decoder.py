@@ -12,7 +12,7 @@ import pytest
 
 from smoa_jax.adapter.types import Blocks, LowRank
 from smoa_jax.models import decoder as decoder_module
-from smoa_jax.models.attention import Surroundings, attend, causal_mask, no_constraint
+from smoa_jax.models.attention import AttentionContext, attend, causal_mask, no_constraint
 from smoa_jax.models.cache import cache_positions, empty_cache
 from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.decoder import Decoder, DecoderLayer, abstract_params, init_params
@@ -143,7 +143,7 @@ def test_scanned_equals_unrolled_layers(family):
         )
         mask = causal_mask(7, config.sliding_window if is_local else 0)
         own = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
-        around = Surroundings(turned, None, mask, None, None)
+        around = AttentionContext(turned, None, mask, None, None)
         (x, _), _ = layer.apply({"params": own}, (x, None), around, jnp.asarray(index), None)
     norm = RMSNorm(config.embed_dim, config.norm_epsilon, config.norm_offset)
     x = norm.apply({"params": params["norm"]}, x)

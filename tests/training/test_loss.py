@@ -13,7 +13,7 @@ from smoa_jax.training.loss import summed_cross_entropy
 ROWS, LENGTH, WIDTH, VOCABULARY, RANK = 3, 13, 5, 11, 2
 
 
-def head(trainable, frozen, hidden):
+def head(trainable, frozen, hidden, key=None):
     """A head with an additive adapter, so that its factors have gradients to lose."""
     kernel = frozen["kernel"] + trainable["a"] @ trainable["b"].T
     return jnp.matmul(hidden, kernel, precision="highest").astype(jnp.float32)
@@ -104,7 +104,8 @@ def test_bf16_hidden_states_keep_a_float32_loss_and_get_bf16_gradients():
 def test_logits_exist_for_one_chunk_of_positions_at_a_time():
     given, seen = problem(), set()
 
-    def watched(trainable, frozen, hidden):
+    def watched(trainable, frozen, hidden, key):
+        assert key is None
         seen.add(hidden.shape)
         return head(trainable, frozen, hidden)
 
@@ -112,3 +113,39 @@ def test_logits_exist_for_one_chunk_of_positions_at_a_time():
         lambda hidden: summed_cross_entropy(watched, *{**given, "hidden": hidden}.values(), 4)
     )(given["hidden"])
     assert seen == {(ROWS, 4, WIDTH)}
+
+
+def test_a_head_drops_out_with_a_key_of_its_own_for_every_chunk_in_both_directions():
+    given, key, chunk = problem(), jax.random.key(5), 4
+
+    def dropping(trainable, frozen, hidden, key):
+        keep = jax.random.bernoulli(key, 0.5, hidden.shape)
+        return head(trainable, frozen, jnp.where(keep, hidden, 0))
+
+    def loss(trainable, hidden):
+        return summed_cross_entropy(
+            dropping,
+            trainable,
+            given["frozen"],
+            hidden,
+            given["targets"],
+            given["weights"],
+            chunk,
+            key,
+        )
+
+    starts = range(0, LENGTH, chunk)
+    keep = [
+        jax.random.bernoulli(jax.random.fold_in(key, number), 0.5, (ROWS, chunk, WIDTH))
+        for number, _ in enumerate(starts)
+    ]
+    keep = np.concatenate(keep, axis=1)[:, :LENGTH]
+    assert 0.4 < keep.mean() < 0.6
+    dropped = {**given, "hidden": jnp.where(keep, given["hidden"], 0)}
+    expected, of_factors, of_hidden = dense(**dropped)
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(given["trainable"], given["hidden"])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(given["trainable"], given["hidden"]), expected, rtol=1e-5)
+    of_factors = {name: np.float32(part) for name, part in of_factors.items()}
+    chex.assert_trees_all_close(gradients[0], of_factors, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], np.where(keep, of_hidden, 0), rtol=2e-4, atol=1e-5)

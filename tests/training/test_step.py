@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,10 @@ import pytest
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.tree import apply_smoa, combine, partition
+from smoa_jax.adapter.types import is_modulation
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.params import init_params
-from smoa_jax.training.step import initial_state, make_eval_step, make_train_step
+from smoa_jax.training.step import batch_loss, initial_state, make_eval_step, make_train_step
 from tests.training.tiny_run import DECODER
 
 ROWS, LENGTH = 8, 11
@@ -126,15 +130,16 @@ def test_a_batch_without_targets_is_no_division_by_zero(params, batch):
     chex.assert_trees_all_equal(state["trainable"], params[0])
 
 
-def with_dropout(params):
-    """The same factors under dropout."""
-    config = SmoaConfig(
-        rank=4, num_subspaces=2, dropout=0.5, target_modules=["q_proj", "down_proj", "lm_head"]
-    )
-    adapted = apply_smoa(init_params(DECODER, jax.random.key(0)), config, jax.random.key(1))
-    trainable, frozen = partition(adapted)
-    leaves = jax.tree.leaves(params[0])
-    return jax.tree.unflatten(jax.tree.structure(trainable), leaves), frozen
+def with_dropout(params, dropping=("q_proj", "down_proj", "lm_head")):
+    """The same adapter, under dropout where asked for."""
+
+    def visit(path, node):
+        if not is_modulation(node):
+            return node
+        return dataclasses.replace(node, dropout=0.5 * (path[-2].key in dropping))
+
+    tree = combine(*params)
+    return partition(jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_modulation))
 
 
 def test_dropout_is_drawn_by_seed_and_step_and_part(params, batch):
@@ -163,22 +168,82 @@ def test_parts_of_a_batch_have_masks_of_their_own(params, batch):
     one = {name: value[:1] for name, value in rows.items()}
     step = make_train_step(MODEL, optimizer, seed=0, accumulate=2, chunk=4, dropout=True)
     together = float(jax.jit(step)(state, frozen, rows)[1]["loss"])
-    key, variables = jax.random.fold_in(jax.random.key(0), 0), combine(trainable, frozen)
-    parts = []
-    for index in range(2):
-        hidden = MODEL.apply(
-            {"params": variables},
-            one["tokens"],
-            one["positions"],
-            one["segment_ids"],
-            rngs={"dropout": jax.random.fold_in(key, index)},
-            method="hidden",
-        )
-        logits = MODEL.apply({"params": variables}, hidden, method="unembed")
-        values = optax.softmax_cross_entropy_with_integer_labels(logits, one["targets"])
-        parts.append(float((values * one["loss_mask"]).sum() / one["loss_mask"].sum()))
+    key, count = jax.random.fold_in(jax.random.key(0), 0), one["loss_mask"].sum()
+    parts = [
+        float(batch_loss(MODEL, trainable, frozen, one, 4, jax.random.fold_in(key, index)) / count)
+        for index in range(2)
+    ]
     assert parts[0] != parts[1]
     np.testing.assert_allclose(together, np.mean(parts), rtol=1e-5)
+
+
+class Toy:
+    """A model of one factor: logits are ``hidden + bias``, the factor sits at token 1."""
+
+    def apply(self, variables, *args, method, rngs=None):
+        params = variables["params"]
+        if method == "unembed":
+            return args[0] + params["lm_head"]["bias"].reshape(1, 1, -1)
+        tokens = args[0]
+        factor = params["w"] if self.of_w is None else self.of_w(params["w"])
+        return jax.nn.one_hot(tokens, 3) * factor
+
+    def __init__(self, of_w=None):
+        self.of_w = of_w
+
+
+def toy_step(model, *, bias=(0.0, 0.0, 0.0), mask=((1.0, 0.5),), **state):
+    """One step of it on one row; the state and metrics that come out."""
+    optimizer: Any = optax.sgd(0.5)
+    trainable = {"w": jnp.float32(0.0), "lm_head": {"bias": None}}
+    frozen = {"w": None, "lm_head": {"bias": jnp.asarray(bias, jnp.float32)}}
+    before = initial_state(trainable, optimizer)
+    before |= {name: jnp.int32(value) for name, value in state.items()}
+    rows = {
+        "tokens": jnp.asarray([[1, 2]]),
+        "positions": jnp.asarray([[0, 1]]),
+        "segment_ids": jnp.asarray([[1, 1]]),
+        "targets": jnp.asarray([[0, 2]]),
+        "loss_mask": jnp.asarray(mask, jnp.float32),
+    }
+    step = jax.jit(make_train_step(model, optimizer, seed=0, chunk=1))
+    return step(before, frozen, rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "bias"),
+    [
+        (Toy(), (-np.inf, 0.0, 0.0)),  # the loss is infinite, its gradient is not
+        (Toy(jnp.sqrt), (0.0, 0.0, 0.0)),  # the gradient is infinite, the loss is not
+    ],
+)
+def test_a_loss_or_a_gradient_alone_that_is_not_finite_skips_the_step(model, bias):
+    state, metrics = toy_step(model, bias=bias, skipped=3, step=7)
+    finite = np.isfinite([float(metrics["loss"]), float(metrics["grad_norm"])])
+    assert sorted(finite) == [False, True]
+    assert float(state["trainable"]["w"]) == 0.0
+    assert (int(state["skipped"]), int(metrics["skipped"]), int(state["step"])) == (4, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "tokens", "loss"),
+    # At w = 0 every position costs log 3, whatever its weight.
+    [([[1.0, 0.5]], 1.5, np.log(3)), ([[1.0, 0.0]], 1.0, np.log(3)), ([[0.5, 0]], 0.5, None)],
+)
+def test_the_mean_is_over_the_weights_of_the_targets(mask, tokens, loss):
+    _, metrics = toy_step(Toy(), mask=mask)
+    assert float(metrics["target_tokens"]) == tokens
+    expected = 0.5 * np.log(3) if loss is None else loss  # less than one token counts as one
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+
+
+def test_an_adapted_head_drops_out(params, batch):
+    trainable, frozen = with_dropout(params, ["lm_head"])
+    losses = {
+        float(batch_loss(MODEL, trainable, frozen, batch, 4, key))
+        for key in (None, jax.random.key(0), jax.random.key(1))
+    }
+    assert len(losses) == 3
 
 
 def test_a_step_is_traced_once_whatever_its_number(params, batch):

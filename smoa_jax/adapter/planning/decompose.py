@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smoa_jax.checks import require
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -34,12 +36,13 @@ def band_cuts(singular_values: np.ndarray, num_bands: int, path: str) -> tuple[i
     cuts = [int(np.searchsorted(energy, m / num_bands, side="right")) for m in range(1, num_bands)]
     edges = [0, *cuts, len(values)]
     for band, (start, stop) in enumerate(itertools.pairwise(edges)):
-        if stop <= start:
-            raise ValueError(
-                f"got an empty spectral band {band + 1} of {num_bands} in {path}, whose first "
-                f"singular value holds {energy[0]:.0%} of the energy; expected a singular value in "
-                "every band; lower num_subspaces or exclude the kernel"
-            )
+        require(
+            stop > start,
+            f"an empty spectral band {band + 1} of {num_bands} in {path}, whose first singular "
+            f"value holds {energy[0]:.0%} of the energy",
+            "a singular value in every band",
+            "lower num_subspaces or exclude the kernel",
+        )
     return tuple(cuts)
 
 
@@ -73,11 +76,12 @@ def layer_bands(
     if cuts is None:
         cuts = band_cuts(np.asarray(values), num_bands, name)
     edges = (0, *cuts)
-    if list(edges) != sorted({*edges}) or edges[-1] >= len(values):
-        raise ValueError(
-            f"got cuts {tuple(cuts)} for the {len(values)} singular values of {name}; expected "
-            "ascending indices inside them; the adapter is damaged, or of another base"
-        )
+    require(
+        list(edges) == sorted({*edges}) and edges[-1] < len(values),
+        f"cuts {tuple(cuts)} for the {len(values)} singular values of {name}",
+        "ascending indices inside them",
+        "the adapter is damaged, or of another base",
+    )
     rest = matrix.astype(jnp.float32)
     parts, norms = [], []
     for start, stop in itertools.pairwise(edges):

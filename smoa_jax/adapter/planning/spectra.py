@@ -37,6 +37,7 @@ from smoa_jax.adapter.planning.exchange import (
 )
 from smoa_jax.adapter.planning.memory import available_memory, decomposition_bytes
 from smoa_jax.adapter.planning.stack import (
+    SPECTRAL_PARTITIONS,
     BandParts,
     BlockScores,
     LayerStack,
@@ -48,6 +49,7 @@ from smoa_jax.adapter.planning.stack import (
 )
 from smoa_jax.adapter.targets import Target, find_targets, lookup
 from smoa_jax.adapter.types import Params
+from smoa_jax.checks import require
 
 #: Called with (layers done, layers in all, module path) as planning proceeds.
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -81,14 +83,32 @@ def plan_spectra(
     Raises:
         ValueError: as ``find_targets``; if a band is empty; if a kernel is not finite.
     """
-    targets = find_targets(base_params, config)
-    if config.partition not in ("spectral_blocks", "spectral_bands"):
+    return plan_targets(
+        find_targets(base_params, config),
+        base_params,
+        config,
+        cache_dir=cache_dir,
+        progress=progress,
+        cuts=cuts,
+    )
+
+
+def plan_targets(
+    targets: Sequence[Target],
+    base_params: Params,
+    config: SmoaConfig,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    cuts: Mapping[str, Any] | None = None,
+) -> Spectra:
+    """``plan_spectra`` of targets that have been found already."""
+    if config.partition not in SPECTRAL_PARTITIONS:
         return {}
-    kernels = [lookup(base_params, target.path)[target.key] for target in targets]
+    kernels = [lookup(base_params, target.kernel_path) for target in targets]
     if any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels):
-        return {
-            t.name: abstract_spectrum(t, k, config) for t, k in zip(targets, kernels, strict=True)
-        }
+        abstract = {target.name: abstract_spectrum(target, config) for target in targets}
+        return {name: spectrum for name, spectrum in abstract.items() if spectrum is not None}
     if any(isinstance(kernel, Tracer) for kernel in kernels):
         return {t.name: _traced(t, k, config) for t, k in zip(targets, kernels, strict=True)}
     jobs = [
@@ -120,11 +140,12 @@ def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
     """
     got, expected = np.asarray(parts.norms), np.asarray(stored_norms)
     error = float(np.max(np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)))
-    if not error <= 1e-5:
-        raise ValueError(
-            f"got bands of {path} whose norms differ by {error:.1e} (relative) from the stored "
-            "ones; expected at most 1e-5; load the adapter onto the base it was trained on"
-        )
+    require(
+        error <= 1e-5,
+        f"bands of {path} whose norms differ by {error:.1e} (relative) from the stored ones",
+        "at most 1e-5",
+        "load the adapter onto the base it was trained on",
+    )
 
 
 def num_workers(
@@ -239,11 +260,12 @@ class _Planner:
             if found is not None and (cuts is None or cuts == found["cuts"].tolist()):
                 return found
         matrix = jax.device_put(weight, device)
-        if not bool(jnp.isfinite(matrix).all()):
-            raise ValueError(
-                f"got values that are not finite in {name}; expected finite weights; check the "
-                "checkpoint"
-            )
+        require(
+            bool(jnp.isfinite(matrix).all()),
+            f"values that are not finite in {name}",
+            "finite weights",
+            "check the checkpoint",
+        )
         if self._config.has_blocks:
             result = {k: np.asarray(v) for k, v in layer_scores(matrix).items()}
         else:

@@ -38,6 +38,8 @@ class BandParts:
     norms: Any  # (L?, M) float32, Frobenius
 
 
+#: Partitions that follow a kernel's spectrum.
+SPECTRAL_PARTITIONS = ("spectral_blocks", "spectral_bands")
 Spectrum: TypeAlias = BlockScores | BandParts
 #: Dotted module path -> spectrum; empty for partitions that need none.
 Spectra: TypeAlias = dict[str, Spectrum]
@@ -67,10 +69,13 @@ def layer_structs(
     }
 
 
-def abstract_spectrum(target: Target, kernel: Any, config: SmoaConfig) -> Spectrum:
+def abstract_spectrum(target: Target, config: SmoaConfig) -> Spectrum | None:
+    """What planning a target gives, of ``ShapeDtypeStruct``; None where it gives nothing."""
+    if config.partition not in SPECTRAL_PARTITIONS:
+        return None
     fields = {
         name: jax.ShapeDtypeStruct((*target.leading, *struct.shape), struct.dtype)
-        for name, struct in layer_structs(target.matrix_shape[-2:], kernel.dtype, config).items()
+        for name, struct in layer_structs(target.matrix_shape[-2:], target.dtype, config).items()
     }
     return BlockScores(**fields) if config.has_blocks else BandParts(**fields)
 
@@ -84,7 +89,8 @@ class LayerStack:
 
     def __init__(self, target: Target, kernel: Any, config: SmoaConfig):
         self._target = target
-        self._abstract = abstract_spectrum(target, kernel, config)
+        self._abstract = abstract_spectrum(target, config)
+        assert self._abstract is not None
         self._sharding = _bands_sharding(target, kernel) if not config.has_blocks else None
         self._whole: dict[str, np.ndarray] = {}
         self._shards: dict[Bounds, np.ndarray] = {}  # of bands, by place
@@ -123,6 +129,7 @@ class LayerStack:
             fields["bands"] = jax.make_array_from_single_device_arrays(
                 struct.shape, self._sharding, arrays, dtype=struct.dtype
             )
+        assert self._abstract is not None
         return type(self._abstract)(**fields)
 
     def _places(self) -> dict[Any, Bounds]:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from smoa_jax.adapter.targets import walk
 from smoa_jax.checkpoint.assemble import TensorReader
 from smoa_jax.checkpoint.directories import replaced_directory
 from smoa_jax.checkpoint.errors import listed
@@ -35,7 +36,8 @@ from smoa_jax.checkpoint.huggingface.safetensors_files import (
     SINGLE_FILE,
     open_directory,
 )
-from smoa_jax.checkpoint.names import TensorSlot, flatten_tree
+from smoa_jax.checkpoint.names import TensorSlot
+from smoa_jax.checks import require
 from smoa_jax.models.config import DecoderConfig
 
 
@@ -77,7 +79,7 @@ def export_huggingface(
     Returns:
         The directory.
     """
-    leaves = flatten_tree(params)
+    leaves = dict(walk(params))
     return _export(
         functools.partial(_from_tree, leaves),
         check_params(params, config),
@@ -138,8 +140,7 @@ def _export(
     overwrite: bool = False,
 ) -> Path:
     target = Path(directory).expanduser()
-    if max_shard_bytes < 1:
-        raise ValueError(f"got max_shard_bytes {max_shard_bytes}; expected at least 1")
+    require(max_shard_bytes >= 1, f"max_shard_bytes {max_shard_bytes}", "at least 1")
     whole = _open_whole(hf_config, multimodal_source)
     if whole is not None:
         tokenizer_files = [*tokenizer_files, *processor_files(Path(whole.source))]
@@ -173,12 +174,12 @@ class _Piece:
 
 def _open_whole(hf_config: Mapping[str, Any] | None, source: str | Path | None) -> TextPart | None:
     multimodal = hf_config is not None and is_multimodal(hf_config)
-    if multimodal != (source is not None):
-        raise ValueError(
-            f"got {'a' if multimodal else 'no'} multimodal hf_config and multimodal_source "
-            f"{source}; expected the directory of a multimodal model with its own hf_config, and "
-            "neither for a text model; give both or none"
-        )
+    require(
+        multimodal == (source is not None),
+        f"{'a' if multimodal else 'no'} multimodal hf_config and multimodal_source {source}",
+        "the directory of a multimodal model with its own hf_config, and neither for a text model",
+        "give both or none",
+    )
     return None if source is None else TextPart(open_directory(Path(source)))
 
 
@@ -189,11 +190,12 @@ def _pieces(
     whole: TextPart | None,
 ) -> list[_Piece]:
     """All tensors in the order of the files: the decoder's, then those that are copied."""
-    absent = [] if whole is None else [name for name in slots if name not in whole.stored_names]
-    if whole is not None and absent:
-        raise ValueError(
-            f"got multimodal_source {whole.source} without {listed(absent)}; expected the model "
-            "that the params are the decoder of"
+    if whole is not None:
+        absent = [name for name in slots if name not in whole.stored_names]
+        require(
+            not absent,
+            f"multimodal_source {whole.source} without {listed(absent)}",
+            "the model that the params are the decoder of",
         )
     pieces = []
     for name, slot in slots.items():

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from smoa_jax.adapter.targets import walk
 from smoa_jax.checkpoint.errors import listed
 from smoa_jax.checkpoint.huggingface.config import config_to_hf, text_fields
 from smoa_jax.checkpoint.huggingface.directory import CONFIG_FILE, GENERATION_FILE
-from smoa_jax.checkpoint.names import TensorSlot, flatten_tree, tensor_slots
+from smoa_jax.checkpoint.names import TensorSlot, tensor_slots
+from smoa_jax.checks import require
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import abstract_params
 
@@ -93,8 +95,7 @@ def plan_files(
             absent or named like one that the export writes itself.
     """
     name = jnp.dtype(dtype).name
-    if name not in _DTYPES:
-        raise ValueError(f"got dtype {name}; expected one of {', '.join(_DTYPES)}")
+    require(name in _DTYPES, f"dtype {name}", f"one of {', '.join(_DTYPES)}")
     fields = config_to_hf(config, hf_config, dtype=name)
     if not generation_config:  # an empty file would hide the ids that the config names
         text = text_fields(fields)
@@ -102,11 +103,11 @@ def plan_files(
     copied = [Path(file) for file in tokenizer_files]
     own = {CONFIG_FILE, GENERATION_FILE, *reserved}
     for file in copied:
-        if not file.is_file() or file.name in own:
-            raise ValueError(
-                f"got tokenizer file {file}; expected an existing file that isn't one of "
-                f"{', '.join(sorted(own))}"
-            )
+        require(
+            file.is_file() and file.name not in own,
+            f"tokenizer file {file}",
+            f"an existing file that isn't one of {', '.join(sorted(own))}",
+        )
     return ModelFiles(
         fields=fields, generation=generation_config, tokenizer=tokenizer, copied=copied
     )
@@ -132,7 +133,7 @@ def check_params(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, 
             f"got params that differ from the config in {listed(different)} ({name} is {got}); "
             f"expected it {wanted}: give the config that the params were made with"
         )
-    for path, leaf in flatten_tree(params).items():
+    for path, leaf in walk(params):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise ValueError(
                 f"{'/'.join(path)} is spread over several processes; expected all of it on this "

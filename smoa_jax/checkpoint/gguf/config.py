@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.errors import require
 from smoa_jax.checkpoint.huggingface.families import FAMILIES, GLOBAL, LOCAL
 from smoa_jax.checkpoint.huggingface.fields import rope_scaling_fields, short
 from smoa_jax.models.config import RopeScaling
@@ -55,27 +55,33 @@ class GgufMetadata:
         self.source = source
         self._fields = fields
         self.architecture = self.get("general.architecture")
-        if self.architecture not in ARCHITECTURES:
-            raise CheckpointError(
-                f"{source}: architecture {self.architecture!r}; "
-                f"expected one of {', '.join(ARCHITECTURES)}"
-            )
-        if self.get("split.count", 1) > 1:
-            raise CheckpointError(
-                f"{source}: one part of a split GGUF; expected a single file: "
-                "join the parts with `llama-gguf-split --merge`"
-            )
+        require(
+            self.architecture in ARCHITECTURES,
+            f"architecture {self.architecture!r}",
+            f"one of {', '.join(ARCHITECTURES)}",
+            where=source,
+        )
+        require(
+            self.get("split.count", 1) <= 1,
+            "one part of a split GGUF",
+            "a single file",
+            "join the parts with `llama-gguf-split --merge`",
+            where=source,
+        )
         for key, off in _MUST_BE_OFF[self.architecture].items():
-            if self.own(key, off) != off:
-                raise CheckpointError(
-                    f"{source}: metadata {self._name(key)} is {self.own(key)}; expected {off} or "
-                    f"none: a plain {self.architecture} has no such layers"
-                )
-        if self.own("attention.causal", True) is not True:
-            raise CheckpointError(
-                f"{source}: metadata {self._name('attention.causal')} is false; expected a "
-                "language model, whose tokens see only what comes before them"
+            require(
+                self.own(key, off) == off,
+                f"metadata {self._name(key)} {self.own(key)}",
+                f"{off} or none",
+                f"a plain {self.architecture} has no such layers",
+                where=source,
             )
+        require(
+            self.own("attention.causal", True) is True,
+            f"metadata {self._name('attention.causal')} false",
+            "a language model, whose tokens see only what comes before them",
+            where=source,
+        )
 
     @property
     def model_type(self) -> str:
@@ -104,20 +110,23 @@ class GgufMetadata:
     def integer(self, key: str, default: int | None = None) -> int:
         """The whole number under the architecture's own ``key``."""
         value = self.own(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(
-                f"{self.source}: metadata {self._name(key)} is {_short(value)}; expected a whole "
-                "number above 0, the same for all layers"
-            )
+        require(
+            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            f"metadata {self._name(key)} {_short(value)}",
+            "a whole number above 0, the same for all layers",
+            where=self.source,
+        )
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         """The number under the architecture's own ``key``: the shortest decimal of its float32."""
         value = self.own(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise CheckpointError(
-                f"{self.source}: metadata {self._name(key)} is {_short(value)}; expected a number"
-            )
+        require(
+            isinstance(value, int | float) and not isinstance(value, bool),
+            f"metadata {self._name(key)} {_short(value)}",
+            "a number",
+            where=self.source,
+        )
         return float(str(np.float32(value)))
 
     @property
@@ -126,11 +135,12 @@ class GgufMetadata:
         heads = self.integer("attention.head_count")
         head_dim = self.integer("attention.key_length", self.integer("embedding_length") // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
-            if self.integer(key, head_dim) != head_dim:
-                raise CheckpointError(
-                    f"{self.source}: metadata {self._name(key)} is {self.integer(key)}; "
-                    f"expected the head size {head_dim}"
-                )
+            require(
+                self.integer(key, head_dim) == head_dim,
+                f"metadata {self._name(key)} {self.integer(key, head_dim)}",
+                f"the head size {head_dim}",
+                where=self.source,
+            )
         return head_dim
 
     @property
@@ -224,11 +234,12 @@ class GgufMetadata:
         factor = self.real(key if self.own(key) is not None else "rope.scale_linear", 0.0)
         kind = self.own("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")
         if factors is not None:
-            if kind != "none":
-                raise CheckpointError(
-                    f"{self.source}: both rotary factors and rope.scaling.type {kind!r}; "
-                    "expected one of them"
-                )
+            require(
+                kind == "none",
+                f"both rotary factors and rope.scaling.type {kind!r}",
+                "one of them",
+                where=self.source,
+            )
             return {**base, **rope_scaling_fields(self._llama3_scaling(factors))}
         if kind == "none":
             return base
@@ -242,11 +253,13 @@ class GgufMetadata:
         scaling = RopeScaling(kind="llama3", factor=float(factors.max()), **_LLAMA3_CONSTANTS)
         plain = rope_frequencies(self.head_dim, self._rope_base(), RopeScaling())
         expected = plain / rope_frequencies(self.head_dim, self._rope_base(), scaling)
-        if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-            raise CheckpointError(
-                f"{self.source}: rope_freqs.weight holds other factors than Llama 3's rotary "
-                "scaling; expected those of Llama 3.1 to 3.3: use the safetensors of this model"
-            )
+        require(
+            factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4),
+            "rope_freqs.weight with other factors than Llama 3's rotary scaling",
+            "those of Llama 3.1 to 3.3",
+            "use the safetensors of this model",
+            where=self.source,
+        )
         return scaling
 
 

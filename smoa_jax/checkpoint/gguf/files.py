@@ -18,7 +18,7 @@ from gguf import GGUFEndian, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from smoa_jax.checkpoint.assemble import Index, StoredTensor
-from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.errors import CheckpointError, require
 from smoa_jax.checkpoint.gguf.config import GgufMetadata
 from smoa_jax.checkpoint.names import EMBEDDING_NAME, HEAD_NAME, name_of_gguf
 
@@ -82,8 +82,12 @@ class GgufFile:
                 f"{path}: not a whole GGUF file ({reason}); expected an intact one: "
                 "download or copy it again"
             ) from error
-        if reader.endianess is not GGUFEndian.LITTLE:
-            raise CheckpointError(f"{path}: a big-endian GGUF file; expected a little-endian one")
+        require(
+            reader.endianess is GGUFEndian.LITTLE,
+            "a big-endian GGUF file",
+            "a little-endian one",
+            where=path,
+        )
         self.metadata = GgufMetadata(self.source, reader.fields)
         self._stored = {}
         self.tensors: dict[str, StoredTensor] = {}
@@ -112,10 +116,12 @@ class GgufFile:
         rows = np.arange(shape[0])
         if self._orders and (rotated := _ROTATED.fullmatch(name)):
             order = self._orders[rotated.group(1)]
-            if len(order) != len(rows):
-                raise CheckpointError(
-                    f"{self.source}: {name} has {len(rows)} rows; expected {len(order)}"
-                )
+            require(
+                len(order) == len(rows),
+                f"{name} of {len(rows)} rows",
+                f"{len(order)}",
+                where=self.source,
+            )
             rows = order
         rows = rows[index[0]]
         columns = len(range(*index[1].indices(shape[1])))
@@ -141,8 +147,12 @@ class GgufFile:
 
     def hf_config(self) -> dict[str, Any]:
         """The metadata as the ``config.json`` of a Hugging Face directory would have it."""
-        if EMBEDDING_NAME not in self.tensors:
-            raise CheckpointError(f"{self.source}: no token_embd.weight; expected a language model")
+        require(
+            EMBEDDING_NAME in self.tensors,
+            "a file without token_embd.weight",
+            "a language model",
+            where=self.source,
+        )
         factors = None
         if _ROPE_FACTORS in self._stored:
             stored = self._stored[_ROPE_FACTORS]

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax import checks
+from smoa_jax.checkpoint.errors import CheckpointError, listed, refuse, require
 from smoa_jax.checkpoint.huggingface.families import FAMILIES, MULTIMODAL, family_of
 from smoa_jax.checkpoint.huggingface.fields import positive, short, truth, whole
 from smoa_jax.models.config import DecoderConfig
@@ -33,8 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: can't be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
+    require(isinstance(value, dict), f"a {type(value).__name__}", "a JSON object", where=path)
     return value
 
 
@@ -49,21 +49,24 @@ def text_fields(fields: Mapping[str, Any], source: str = "config.json") -> dict[
         return dict(fields)
     inner = fields.get(_TEXT_CONFIG)
     if not isinstance(inner, Mapping):
-        raise CheckpointError(f"{source}: {_TEXT_CONFIG} is {short(inner)}; expected an object")
+        refuse(f"{_TEXT_CONFIG} {short(inner)}", "an object", where=source)
     expected = MULTIMODAL[fields["model_type"]]
-    if inner.get("model_type", expected) != expected:
-        raise CheckpointError(
-            f"{source}: {_TEXT_CONFIG} has model_type {inner['model_type']!r}; expected {expected}"
-        )
+    require(
+        inner.get("model_type", expected) == expected,
+        f"{_TEXT_CONFIG} of model_type {inner.get('model_type')!r}",
+        f"{expected}",
+        where=source,
+    )
     outer = {key: fields[key] for key in ("quantization_config", "auto_map") if key in fields}
     if fields.get("tie_word_embeddings") is not None:
         outer["tie_word_embeddings"] = fields["tie_word_embeddings"]
     for key in outer.keys() & inner.keys():
-        if inner[key] not in (None, outer[key]):
-            raise CheckpointError(
-                f"{source}: {key} is {short(outer[key])} and in {_TEXT_CONFIG} "
-                f"{short(inner[key])}; expected the same in both"
-            )
+        require(
+            inner[key] in (None, outer[key]),
+            f"{key} {short(outer[key])} and in {_TEXT_CONFIG} {short(inner[key])}",
+            "the same in both",
+            where=source,
+        )
     return {**inner, "model_type": expected, **outer}
 
 
@@ -125,16 +128,17 @@ def config_to_hf(
         for field in dataclasses.fields(config)
         if not _same(getattr(config, field.name), getattr(described, field.name))
     ]
-    if different and base:
-        raise ValueError(
-            f"got an hf_config that differs from the model's config in {listed(different)}; "
-            "expected the config of the model that the weights belong to"
-        )
-    if different:
-        raise ValueError(
-            f"got a decoder whose {listed(different)} no {fields['model_type']} has; expected "
-            "options that a model type of transformers stands for; give the source's hf_config"
-        )
+    checks.require(
+        not different or not base,
+        f"an hf_config that differs from the model's config in {listed(different)}",
+        "the config of the model that the weights belong to",
+    )
+    checks.require(
+        not different,
+        f"a decoder whose {listed(different)} no {fields['model_type']} has",
+        "options that a model type of transformers stands for",
+        "give the source's hf_config",
+    )
     if is_multimodal(fields):
         fields[_TEXT_CONFIG] = _with_dtype(fields[_TEXT_CONFIG], dtype, always=False)
     return _with_dtype(fields, dtype, always=True)
@@ -176,10 +180,12 @@ def _fields_of(config: DecoderConfig) -> dict[str, Any]:
 
 def _refuse_other_types(fields: Mapping[str, Any], source: str) -> None:
     model_type = fields.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{source}: model_type is {model_type!r}; expected one of {', '.join(MODEL_TYPES)}"
-        )
+    require(
+        model_type in MODEL_TYPES,
+        f"model_type {model_type!r}",
+        f"one of {', '.join(MODEL_TYPES)}",
+        where=source,
+    )
 
 
 def _refuse_what_must_be_off(

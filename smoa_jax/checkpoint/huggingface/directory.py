@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.errors import CheckpointError, require
 from smoa_jax.checkpoint.huggingface.config import read_json
 
 CONFIG_FILE = "config.json"
@@ -21,11 +21,12 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def read_configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``config.json`` and ``generation_config.json`` hold ({} where the latter is absent)."""
     config_path = directory / CONFIG_FILE
-    if not config_path.is_file():
-        raise CheckpointError(
-            f"{directory}: no {CONFIG_FILE}; expected a Hugging Face model's directory "
-            "or the path of a GGUF file"
-        )
+    require(
+        config_path.is_file(),
+        f"a directory without {CONFIG_FILE}",
+        "a Hugging Face model's directory or the path of a GGUF file",
+        where=directory,
+    )
     generation_path = directory / GENERATION_FILE
     generation = read_json(generation_path) if generation_path.is_file() else {}
     return read_json(config_path), generation

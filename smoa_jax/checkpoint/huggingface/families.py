@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.errors import require
 from smoa_jax.checkpoint.huggingface.fields import (
     optional_positive,
     positive,
@@ -61,10 +61,12 @@ def family_of(config: DecoderConfig) -> str:
 
 
 def _llama_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    if values["hidden_act"] not in ("silu", "swish"):
-        raise CheckpointError(
-            f"{source}: hidden_act is {values['hidden_act']!r}; expected silu, as every Llama has"
-        )
+    require(
+        values["hidden_act"] in ("silu", "swish"),
+        f"hidden_act {values['hidden_act']!r}",
+        "silu, as every Llama has",
+        where=source,
+    )
     base, scaling = read_rope(values, source)
     return {"rope_base": base, "rope_scaling": scaling}
 
@@ -84,11 +86,12 @@ def _plain_rope(config: DecoderConfig) -> dict[str, Any]:
 def _gemma_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     # "gelu" is a legacy value of Google's first files; the models were trained with tanh.
     for key in ("hidden_act", "hidden_activation"):
-        if values.get(key) not in (None, "gelu", "gelu_pytorch_tanh"):
-            raise CheckpointError(
-                f"{source}: {key} is {short(values[key])}; expected gelu_pytorch_tanh, as every "
-                "Gemma has"
-            )
+        require(
+            values.get(key) in (None, "gelu", "gelu_pytorch_tanh"),
+            f"{key} {short(values.get(key))}",
+            "gelu_pytorch_tanh, as every Gemma has",
+            where=source,
+        )
     base, scaling = read_rope(values, source)
     return {**_gemma_common(values, source), "rope_base": base, "rope_scaling": scaling}
 
@@ -142,11 +145,12 @@ def _gemma3_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             {"rope_local_base_freq": 1e4, **values}, "rope_local_base_freq", source
         ),
     )
-    if local_scaling != RopeScaling():
-        raise CheckpointError(
-            f"{source}: rope_parameters of {LOCAL} are {short(by_layer[LOCAL])}; expected "
-            "rope_type default, as every Gemma 3 has"
-        )
+    require(
+        local_scaling == RopeScaling(),
+        f"rope_parameters of {LOCAL} {short(by_layer.get(LOCAL))}",
+        "rope_type default, as every Gemma 3 has",
+        where=source,
+    )
     has_local = any(options["local_layers"])
     return {
         **options,
@@ -171,20 +175,22 @@ def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
 
 def _later_gemma(values: Mapping[str, Any], source: str, pattern: int) -> dict[str, Any]:
     """What Gemma 2 and 3 share; every ``pattern``-th layer is global unless the file lists them."""
-    if values["hidden_activation"] != "gelu_pytorch_tanh":
-        raise CheckpointError(
-            f"{source}: hidden_activation is {short(values['hidden_activation'])}; expected "
-            "gelu_pytorch_tanh, as every Gemma has"
-        )
+    require(
+        values["hidden_activation"] == "gelu_pytorch_tanh",
+        f"hidden_activation {short(values['hidden_activation'])}",
+        "gelu_pytorch_tanh, as every Gemma has",
+        where=source,
+    )
     count = whole(values, "num_hidden_layers", source)
     kinds = values.get("layer_types")
     if kinds is None:
         kinds = [LOCAL if (layer + 1) % pattern else GLOBAL for layer in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - {LOCAL, GLOBAL}:
-        raise CheckpointError(
-            f"{source}: layer_types is {short(kinds)}; expected {LOCAL} or {GLOBAL} for each of "
-            f"{count} layers"
-        )
+    require(
+        isinstance(kinds, list) and len(kinds) == count and not set(kinds) - {LOCAL, GLOBAL},
+        f"layer_types {short(kinds)}",
+        f"{LOCAL} or {GLOBAL} for each of {count} layers",
+        where=source,
+    )
     has_local = LOCAL in kinds
     return {
         **_gemma_common(values, source),

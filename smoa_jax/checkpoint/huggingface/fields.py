@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 from smoa_jax.models.config import RopeScaling
 
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -26,8 +26,7 @@ def read_rope(
         rope = fields.get(key)
         if rope is None or rope == {}:
             continue
-        if not isinstance(rope, Mapping):
-            raise CheckpointError(f"{source}: {key} is {short(rope)}; expected an object")
+        require(isinstance(rope, Mapping), f"{key} {short(rope)}", "an object", where=source)
         if fields.get(_ORIGINAL) is not None:  # transformers lets the outer one win
             rope = {**rope, _ORIGINAL: fields[_ORIGINAL]}
         scalings[key] = read_rope_scaling(
@@ -36,11 +35,13 @@ def read_rope(
         if rope.get("rope_theta") is not None:
             bases[key] = positive(rope, "rope_theta", f"{source}: {key}")
     for values in (bases, scalings):
-        if len(set(values.values())) > 1:
-            raise CheckpointError(
-                f"{source}: {listed(values)} contradict each other; expected the same rotary "
-                "embedding in each: remove the wrong one"
-            )
+        require(
+            len(set(values.values())) <= 1,
+            f"{listed(values)}, which contradict each other",
+            "the same rotary embedding in each",
+            "remove the wrong one",
+            where=source,
+        )
     base = next(iter(bases.values()), default_theta)
     return base, next(iter(scalings.values()), RopeScaling())
 
@@ -89,7 +90,7 @@ def rope_scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
 
 def whole(values: Mapping[str, Any], key: str, source: str) -> int:
     """The whole number above 0 under ``key``."""
-    value = values.get(key)
+    value: Any = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         got = "missing" if value is None else short(value)
         raise CheckpointError(f"{source}: {key} is {got}; expected a whole number above 0")
@@ -98,9 +99,13 @@ def whole(values: Mapping[str, Any], key: str, source: str) -> int:
 
 def positive(values: Mapping[str, Any], key: str, source: str) -> float:
     """The number above 0 under ``key``."""
-    value = values.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise CheckpointError(f"{source}: {key} is {short(value)}; expected a number above 0")
+    value: Any = values.get(key)
+    require(
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
+        f"{key} {short(value)}",
+        "a number above 0",
+        where=source,
+    )
     return float(value)
 
 
@@ -111,9 +116,8 @@ def optional_positive(values: Mapping[str, Any], key: str, source: str) -> float
 
 def truth(values: Mapping[str, Any], key: str, source: str) -> bool:
     """The boolean under ``key``."""
-    value = values.get(key)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{source}: {key} is {short(value)}; expected true or false")
+    value: Any = values.get(key)
+    require(isinstance(value, bool), f"{key} {short(value)}", "true or false", where=source)
     return value
 
 

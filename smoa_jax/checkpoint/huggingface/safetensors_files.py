@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from smoa_jax.checkpoint.assemble import Index, StoredTensor
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.checkpoint.errors import CheckpointError, listed, refuse, require
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,9 +53,7 @@ class SafetensorsFiles:
             raise CheckpointError(_broken(path, error)) from error
         for name in handle.keys():  # noqa: SIM118 (the handle is not a mapping)
             if name in self.tensors:
-                raise CheckpointError(
-                    f"{path}: {name} is also in {self._spans[name][0].name}; expected it once"
-                )
+                refuse(f"{name} also in {self._spans[name][0].name}", "every name once", where=path)
             view = handle.get_slice(name)
             self.tensors[name] = StoredTensor(shape=tuple(view.get_shape()), dtype=view.get_dtype())
             self._slices[name] = view
@@ -64,11 +62,13 @@ class SafetensorsFiles:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         dtype = self.tensors[name].dtype
-        if dtype not in _FLOATING:
-            raise CheckpointError(
-                f"{self.source}: {name} is stored as {dtype}; expected one of "
-                f"{', '.join(_FLOATING)}: quantised safetensors can't be read"
-            )
+        require(
+            dtype in _FLOATING,
+            f"{name} stored as {dtype}",
+            f"one of {', '.join(_FLOATING)}",
+            "quantised safetensors can't be read",
+            where=self.source,
+        )
         return self._slices[name][index]
 
     def size(self, name: str) -> int:
@@ -91,11 +91,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
-            if _LFS_POINTER.startswith(prefix) and prefix:
-                raise CheckpointError(
-                    f"{path}: a Git LFS pointer, not the weights; expected a safetensors file: "
-                    "run `git lfs pull` where it was cloned"
-                )
+            require(
+                not _LFS_POINTER.startswith(prefix) or not prefix,
+                "a Git LFS pointer, not the weights",
+                "a safetensors file",
+                "run `git lfs pull` where it was cloned",
+                where=path,
+            )
             size = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or size > path.stat().st_size:
                 raise ValueError("its header is cut off")
@@ -122,54 +124,70 @@ def open_directory(directory: Path) -> SafetensorsFiles:
     found = sorted(directory.glob("*.safetensors"))
     if (directory / SINGLE_FILE).is_file():
         found = [directory / SINGLE_FILE]
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{directory}: {len(found)} safetensors files ({listed(path.name for path in found)}) "
-            f"but no {INDEX_FILE}; expected the index beside them: download it too"
-        )
-    if not found:
-        raise CheckpointError(_nothing_found(directory))
-    if found[0].name.startswith("adapter_"):
-        raise CheckpointError(
-            f"{directory}: only an adapter ({found[0].name}); expected a whole model: "
-            "name the base model's directory"
-        )
+    require(
+        len(found) <= 1,
+        f"{len(found)} safetensors files ({listed(path.name for path in found)}) but no "
+        f"{INDEX_FILE}",
+        "the index beside them",
+        "download it too",
+        where=directory,
+    )
+    _check_found(found, directory)
+    require(
+        not found[0].name.startswith("adapter_"),
+        f"only an adapter ({found[0].name})",
+        "a whole model",
+        "name the base model's directory",
+        where=directory,
+    )
     return SafetensorsFiles(str(directory), found)
 
 
-def _nothing_found(directory: Path) -> str:
+def _check_found(found: list[Path], directory: Path) -> None:
+    """Refuse a directory without weights, or with pickles alone."""
     suffixes = (".bin", ".pt", ".pth", ".ckpt")
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in suffixes)
-    if pickles:
-        return (
-            f"{directory}: only pickle files ({listed(pickles)}), which can run code when opened "
-            "and are refused; expected safetensors: convert them with transformers' "
-            "save_pretrained"
-        )
-    return f"{directory}: no safetensors file; expected {SINGLE_FILE} or {INDEX_FILE} and its parts"
+    require(
+        bool(found) or not pickles,
+        f"only pickle files ({listed(pickles)}), which can run code when opened",
+        "safetensors",
+        "convert them with transformers' save_pretrained",
+        where=directory,
+    )
+    require(
+        bool(found),
+        "a directory without safetensors files",
+        f"{SINGLE_FILE} or {INDEX_FILE} and its parts",
+        where=directory,
+    )
 
 
 def _open_indexed(directory: Path, index_path: Path) -> SafetensorsFiles:
     weight_map = _read_weight_map(index_path)
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise CheckpointError(
-            f"{index_path}: names {listed(outside)}; expected files of its own directory"
-        )
+    require(
+        not outside,
+        f"an index that names {listed(outside)}",
+        "files of its own directory",
+        where=index_path,
+    )
     absent = [name for name in names if not (directory / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{index_path}: names {listed(absent)}, which {directory} doesn't hold; "
-            "expected every part: download the missing ones"
-        )
+    require(
+        not absent,
+        f"an index that names {listed(absent)}, which {directory} doesn't hold",
+        "every part",
+        "download the missing ones",
+        where=index_path,
+    )
     files = SafetensorsFiles(str(directory), [directory / name for name in names])
     lost = [name for name in weight_map if name not in files.tensors]
-    if lost:
-        raise CheckpointError(
-            f"{index_path}: places {listed(lost)} in files that don't hold it; "
-            "expected index and parts of one download"
-        )
+    require(
+        not lost,
+        f"an index that places {listed(lost)} in files that don't hold it",
+        "index and parts of one download",
+        where=index_path,
+    )
     return files
 
 

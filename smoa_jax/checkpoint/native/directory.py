@@ -25,22 +25,22 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from smoa_jax import checks
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.planning.spectra import Progress
-from smoa_jax.adapter.tree import strip_smoa
+from smoa_jax.adapter.tree import count_trainable, strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.directories import put_back, replaced_directory
-from smoa_jax.checkpoint.errors import CheckpointError
+from smoa_jax.checkpoint.errors import CheckpointError, as_checkpoint_error, refuse, require
 from smoa_jax.checkpoint.native.leaves import (
     adapter_leaves,
     attach_leaves,
     check_leaves,
-    count_parameters,
     restore_adapter,
 )
 
 TENSORS_FILE = "adapter.safetensors"
-CONFIG_FILE = "adapter.json"
+ADAPTER_FILE = "adapter.json"
 FORMAT_VERSION = 1
 
 _BLOCK_IDS = ("in_block", "out_block")
@@ -102,8 +102,7 @@ def save_adapter(
         ValueError: if ``params`` holds no adapter, or another than ``config`` makes.
     """
     leaves = adapter_leaves(params)
-    if not leaves:
-        raise ValueError("got params without any adapter; expected a tree from apply_smoa")
+    checks.require(bool(leaves), "params without any adapter", "a tree from apply_smoa")
     base = strip_smoa(params)
     check_leaves(base, config, leaves)
     content = save({name: _to_file(name, leaf) for name, leaf in leaves.items()})
@@ -113,17 +112,17 @@ def save_adapter(
         "base_fingerprint": base_fingerprint,
         "base_name": base_name,
         "template": template,
-        "num_trained": count_parameters(params),
+        "num_trained": count_trainable(base, config),
         "num_base": sum(leaf.size for leaf in jax.tree.leaves(base)),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     target = Path(directory).expanduser()
     with replaced_directory(
-        target, marker=CONFIG_FILE, what="an adapter", overwrite=overwrite
+        target, marker=ADAPTER_FILE, what="an adapter", overwrite=overwrite
     ) as draft:
         (draft / TENSORS_FILE).write_bytes(content)
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (draft / ADAPTER_FILE).write_text(text, encoding="utf-8")
     return target
 
 
@@ -140,8 +139,7 @@ def load_adapter(
 
     >>> params = load_adapter("my-adapter", base.params, base_fingerprint=base.fingerprint)
 
-    Block ids come from the file. The adapter's tensors lie on JAX's default device; the base's
-    stay where they are.
+    Block ids come from the file. The adapter's tensors come to lie as their kernels do.
 
     Args:
         directory: As ``save_adapter`` wrote it.
@@ -160,12 +158,10 @@ def load_adapter(
     source = Path(directory).expanduser()
     description, tensors = _read(source, base_fingerprint, force=force)
     leaves = {name: jnp.asarray(value) for name, value in tensors.items()}
-    try:
+    with as_checkpoint_error(source):
         return restore_adapter(
             base_params, description.config, leaves, cache_dir=cache_dir, progress=progress
         )
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
 
 
 def open_adapter(
@@ -187,10 +183,8 @@ def open_adapter(
     """
     source = Path(directory).expanduser()
     description, leaves = _read(source, base_fingerprint, force=False)
-    try:
+    with as_checkpoint_error(source):
         return attach_leaves(base_params, description.config, leaves), description.config
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _read(
@@ -198,13 +192,14 @@ def _read(
 ) -> tuple[AdapterDescription, dict[str, np.ndarray]]:
     """What an adapter says of itself, and its tensors as the tree holds them."""
     description = read_adapter(source)
-    if description.base_fingerprint != base_fingerprint and not force:
-        raise CheckpointError(
-            f"{source}: an adapter for the base {description.base_name} with fingerprint "
-            f"{description.base_fingerprint[:16]}, got one with {base_fingerprint[:16]}; expected "
-            "the base that it was trained on: name that one (load_adapter takes force=True to "
-            "load it onto another all the same)"
-        )
+    require(
+        force or description.base_fingerprint == base_fingerprint,
+        f"a base with fingerprint {base_fingerprint[:16]} for an adapter of "
+        f"{description.base_name}",
+        f"the base that it was trained on, {description.base_fingerprint[:16]}",
+        "name that one (load_adapter takes force=True to load it onto another all the same)",
+        where=source,
+    )
     tensors = _read_tensors(source / TENSORS_FILE, description.sha256)
     return description, {name: _from_file(name, value) for name, value in tensors.items()}
 
@@ -216,19 +211,22 @@ def read_adapter(directory: str | Path) -> AdapterDescription:
         CheckpointError: if the directory is none of ours, or its format is another.
     """
     put_back(Path(directory))
-    path = Path(directory).expanduser() / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent}: no {CONFIG_FILE} in it; expected an adapter's directory, such as "
-            "the adapter/ in a run's output_dir"
-        )
+    path = Path(directory).expanduser() / ADAPTER_FILE
+    require(
+        path.is_file(),
+        f"a directory without {ADAPTER_FILE}",
+        "an adapter's, such as the adapter/ in a run's output_dir",
+        where=path.parent,
+    )
     try:
         fields = _OPTIONAL | json.loads(path.read_text(encoding="utf-8"))
-        if fields["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: got adapter format {fields['format_version']}; expected "
-                f"{FORMAT_VERSION}; read it with the version of smoa_jax that wrote it"
-            )
+        require(
+            fields["format_version"] == FORMAT_VERSION,
+            f"adapter format {fields['format_version']}",
+            f"{FORMAT_VERSION}",
+            "read it with the version of smoa_jax that wrote it",
+            where=path,
+        )
         known = _FIELDS | {name: type(value) for name, value in _OPTIONAL.items()}
         wrong = [name for name, kind in known.items() if not isinstance(fields[name], kind)]
         if wrong or set(fields) != set(known):
@@ -238,31 +236,36 @@ def read_adapter(directory: str | Path) -> AdapterDescription:
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: not the description of an adapter ({error}); expected JSON as save_adapter "
-            "writes it: copy it again"
-        ) from error
+        refuse(
+            f"what isn't the description of an adapter ({error})",
+            "JSON as save_adapter writes it",
+            "copy it again",
+            where=path,
+        )
 
 
 def _read_tensors(path: Path, sha256: str) -> dict[str, np.ndarray]:
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f"its SHA-256 is not the one in {CONFIG_FILE}")
+            raise ValueError(f"its SHA-256 is not the one in {ADAPTER_FILE}")
         return _tensors(content)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: damaged or incomplete ({error}); expected the file that save_adapter wrote: "
-            "copy it again"
-        ) from error
+        refuse(
+            f"a file that is damaged or incomplete ({error})",
+            "the one that save_adapter wrote",
+            "copy it again",
+            where=path,
+        )
 
 
 def _to_file(name: str, leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise ValueError(
-            f"{name} is spread over several processes; expected all of it on this process's "
-            "devices: save from a single process"
-        )
+    checks.require(
+        not isinstance(leaf, jax.Array) or leaf.is_fully_addressable,
+        f"{name}, which is spread over several processes",
+        "all of it on this process's devices",
+        "save from a single process",
+    )
     array = np.ascontiguousarray(np.asarray(leaf)).reshape(leaf.shape)
     return array.astype(np.uint16) if name.rsplit("/", 1)[-1] in _BLOCK_IDS else array
 
@@ -282,11 +285,12 @@ def _tensors(content: bytes) -> dict[str, np.ndarray]:
     dtypes["BF16"] = np.dtype(jnp.bfloat16)
     tensors = {}
     for name, entry in deserialize(content):
-        if entry["dtype"] not in dtypes:
-            raise CheckpointError(
-                f"got {name} of dtype {entry['dtype']}; expected one of {', '.join(dtypes)}; "
-                "use a file that smoa_jax has written"
-            )
+        require(
+            entry["dtype"] in dtypes,
+            f"{name} of dtype {entry['dtype']}",
+            f"one of {', '.join(dtypes)}",
+            "use a file that smoa_jax has written",
+        )
         flat = np.frombuffer(bytes(entry["data"]), dtypes[entry["dtype"]])
         tensors[name] = flat.reshape(entry["shape"])
     return tensors

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
-from smoa_jax.adapter.planning.spectra import BandParts, Progress, check_bands, plan_spectra
-from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced
-from smoa_jax.adapter.tree import apply_smoa, find_modulations
+from smoa_jax.adapter.factors import padding_is_zero
+from smoa_jax.adapter.placement import placed_like
+from smoa_jax.adapter.planning.spectra import Progress, check_bands, plan_targets
+from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced, walk
+from smoa_jax.adapter.tree import abstract_modulations, apply_smoa
 from smoa_jax.adapter.types import (
     SMOA_KEY,
     TRAINABLE_FIELDS,
@@ -33,8 +35,9 @@ from smoa_jax.adapter.types import (
     Modulation,
     Params,
     is_modulation,
+    tensor_fields,
 )
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.checkpoint.errors import as_checkpoint_error, listed, require
 
 #: "path/field" -> array (or its abstract stand-in).
 Leaves: TypeAlias = dict[str, Any]
@@ -54,20 +57,19 @@ def adapter_leaves(params: Params) -> Leaves:
         The leaves of all modulations in sorted order, but the bands and what is None.
     """
     leaves: Leaves = {}
-
-    def visit(tree: Params, path: tuple[str, ...]) -> None:
-        for key, value in tree.items():
-            if is_modulation(value):
-                for name in _stored_fields(value):
-                    leaf = getattr(value, name)
-                    if leaf is not None:
-                        is_host = isinstance(leaf, np.ndarray)
-                        leaves["/".join((*path, name))] = jnp.asarray(leaf) if is_host else leaf
-            elif isinstance(value, dict):
-                visit(value, (*path, key))
-
-    visit(params, ())
+    for path, node in walk(params):
+        if is_modulation(node):
+            for name, leaf in _stored_fields(node).items():
+                if leaf is not None:
+                    is_host = isinstance(leaf, np.ndarray)
+                    leaves["/".join((*path[:-1], name))] = jnp.asarray(leaf) if is_host else leaf
     return dict(sorted(leaves.items()))
+
+
+def abstract_adapter(base_params: Params, config: SmoaConfig) -> Params:
+    """The adapted tree with ``ShapeDtypeStruct`` leaves; computes nothing."""
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base_params)
+    return apply_smoa(abstract, config, jax.random.key(0))
 
 
 def attach_leaves(base_params: Params, config: SmoaConfig, leaves: Mapping[str, Any]) -> Params:
@@ -76,18 +78,11 @@ def attach_leaves(base_params: Params, config: SmoaConfig, leaves: Mapping[str, 
     Raises:
         CheckpointError: as ``check_leaves``.
     """
-    check_leaves(base_params, config, leaves)
-    params = abstract_adapter(base_params, config)
-    for path, node, _ in find_modulations(params).values():
-        fields = {name: leaves["/".join((*path, name))] for name in _stored_fields(node)}
-        params = replaced(params, (*path, SMOA_KEY), dataclasses.replace(node, **fields))
+    targets = find_targets(base_params, config)
+    params = base_params
+    for target, node in zip(targets, _stored_nodes(targets, config, leaves), strict=True):
+        params = replaced(params, (*target.path, SMOA_KEY), node)
     return params
-
-
-def abstract_adapter(base_params: Params, config: SmoaConfig) -> Params:
-    """The adapted tree with ``ShapeDtypeStruct`` leaves; computes nothing."""
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base_params)
-    return apply_smoa(abstract, config, jax.random.key(0))
 
 
 def restore_adapter(
@@ -105,7 +100,7 @@ def restore_adapter(
     Args:
         base_params: The tree that the adapter was made for, on devices.
         config: The adapter's own.
-        leaves: Of the whole adapter, trained and frozen, where they shall lie.
+        leaves: Of the whole adapter, trained and frozen; they come to lie as their kernels do.
         cache_dir: For spectral bands, as ``plan_spectra`` takes it; they are computed again.
         progress: Likewise.
 
@@ -113,31 +108,32 @@ def restore_adapter(
         CheckpointError: if a leaf is missing or surplus or doesn't fit the base or the config, or
             if the bands of this base are not those that the adapter was trained with.
     """
-    check_leaves(base_params, config, leaves)
-    expected = abstract_adapter(base_params, config)
+    targets = find_targets(base_params, config)
+    nodes = _stored_nodes(targets, config, leaves)
+    cuts = {
+        target.name: node.cuts
+        for target, node in zip(targets, nodes, strict=True)
+        if isinstance(node, Bands)
+    }
     spectra = {}
-    if config.partition == "spectral_bands":
-        spectra = plan_spectra(
-            base_params,
-            config,
-            cache_dir=cache_dir,
-            progress=progress,
-            cuts={
-                target.name: leaves["/".join((*target.path, "cuts"))]
-                for target in find_targets(base_params, config)
-            },
+    if cuts:
+        spectra = plan_targets(
+            targets, base_params, config, cache_dir=cache_dir, progress=progress, cuts=cuts
         )
     params = base_params
-    for target in find_targets(base_params, config):
-        node, fields = _fields(expected, target, leaves)
+    for target, node in zip(targets, nodes, strict=True):
         if isinstance(node, Bands):
-            spectrum = spectra[target.name]
-            assert isinstance(spectrum, BandParts)
-            _check_spectrum(target, fields, spectrum)
-            fields["bands"] = jnp.asarray(spectrum.bands)
-        module = {**lookup(params, target.path), SMOA_KEY: dataclasses.replace(node, **fields)}
-        params = replaced(params, target.path, module)
+            node = _with_bands(node, spectra[target.name], target.name)
+        node = placed_like(lookup(params, target.kernel_path), node)
+        params = replaced(params, (*target.path, SMOA_KEY), node)
     return params
+
+
+def _with_bands(node: Bands, spectrum: Any, name: str) -> Bands:
+    """Stored leaves with the bands of this base, whose norms must be the stored ones."""
+    with as_checkpoint_error():
+        check_bands(np.asarray(node.norms), spectrum, name)
+    return dataclasses.replace(node, bands=jnp.asarray(spectrum.bands))
 
 
 def check_leaves(base_params: Params, config: SmoaConfig, leaves: Mapping[str, Any]) -> None:
@@ -146,74 +142,63 @@ def check_leaves(base_params: Params, config: SmoaConfig, leaves: Mapping[str, A
     Raises:
         CheckpointError: naming the leaf.
     """
-    expected = abstract_adapter(base_params, config)
-    _check_names(adapter_leaves(expected), leaves)
-    for target in find_targets(base_params, config):
-        node, fields = _fields(expected, target, leaves)
-        _check_values(target, config, dataclasses.replace(node, **fields))
+    _stored_nodes(find_targets(base_params, config), config, leaves)
 
 
-def count_parameters(params: Params) -> int:
-    """Trained parameters of an adapted tree by its ranks, padding left out.
-
-    A block's factors have rows of their own block alone, so each row counts its block's rank.
-    """
-    total = 0
-    for _, node, _ in find_modulations(params).values():
-        ranks = np.asarray(node.ranks, np.int64)
-        if isinstance(node, Blocks):
-            for block in (node.in_block, node.out_block):
-                ids = np.asarray(block, np.int64)
-                total += int(np.take_along_axis(ranks, ids, axis=-1).sum())
-        else:
-            total += int(ranks.sum()) * (node.a.shape[-2] + node.b.shape[-2])
-    return total
-
-
-def _fields(
-    expected: Params, target: Target, leaves: Mapping[str, Any]
-) -> tuple[Modulation, dict[str, Any]]:
-    """The abstract modulation of a target, and its stored leaves by field."""
-    node = lookup(expected, (*target.path, SMOA_KEY))
-    fields = {name: leaves["/".join((*target.path, name))] for name in _stored_fields(node)}
-    return node, fields
-
-
-def _stored_fields(node: Modulation) -> tuple[str, ...]:
-    return tuple(
-        field.name
-        for field in dataclasses.fields(node)
-        if not field.metadata.get("static") and field.name not in _NEVER_STORED
+def _stored_nodes(
+    targets: list[Target], config: SmoaConfig, leaves: Mapping[str, Any]
+) -> list[Modulation]:
+    """The modulation of each target with its stored leaves, checked; bands stay abstract."""
+    expected = abstract_modulations(targets, config)
+    names = {
+        target.name: {name: "/".join((*target.path, name)) for name in _stored_fields(node)}
+        for target, node in zip(targets, expected, strict=True)
+    }
+    _check_names(
+        {
+            names[target.name][field]: leaf
+            for target, node in zip(targets, expected, strict=True)
+            for field, leaf in _stored_fields(node).items()
+        },
+        leaves,
     )
+    nodes = []
+    for target, node in zip(targets, expected, strict=True):
+        fields = {field: leaves[name] for field, name in names[target.name].items()}
+        nodes.append(dataclasses.replace(node, **fields))
+        _check_values(target, config, nodes[-1])
+    return nodes
+
+
+def _stored_fields(node: Modulation) -> dict[str, Any]:
+    return {k: leaf for k, leaf in tensor_fields(node).items() if k not in _NEVER_STORED}
+
+
+# -------------------------------------------------------------------------------------- refusals
 
 
 def _check_names(expected: Leaves, leaves: Mapping[str, Any]) -> None:
+    """Refuse leaves by other names, of other shapes or of dtypes that aren't floating."""
     missing = [name for name in expected if name not in leaves]
     surplus = [name for name in leaves if name not in expected]
-    if missing or surplus:
-        parts = [f"without {listed(missing)}"] if missing else []
-        parts += [f"with {listed(surplus)}, which it has no place for"] if surplus else []
-        raise CheckpointError(
-            f"got an adapter {' and '.join(parts)}; expected the tensors that its config asks for "
-            "on this base; use the file and the base that belong together"
-        )
+    parts = [f"without {listed(missing)}"] if missing else []
+    parts += [f"with {listed(surplus)}, which it has no place for"] if surplus else []
+    require(
+        not parts,
+        f"an adapter {' and '.join(parts)}",
+        "the tensors that its config asks for on this base",
+        "use the file and the base that belong together",
+    )
     for name, leaf in expected.items():
-        if tuple(leaves[name].shape) != tuple(leaf.shape):
-            raise CheckpointError(
-                f"got {name} of shape {tuple(leaves[name].shape)}; expected {tuple(leaf.shape)} "
-                "by the adapter's rank, subspaces and base; use the config it was made with"
-            )
-        if not jnp.issubdtype(leaves[name].dtype, jnp.floating):
-            raise CheckpointError(
-                f"got {name} of dtype {leaves[name].dtype}; expected a floating dtype"
-            )
-
-
-def _check_spectrum(target: Target, fields: Mapping[str, Any], spectrum: BandParts) -> None:
-    try:
-        check_bands(np.asarray(fields["norms"]), spectrum, target.name)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        got = leaves[name]
+        require(
+            tuple(got.shape) == tuple(leaf.shape),
+            f"{name} of shape {tuple(got.shape)}",
+            f"{tuple(leaf.shape)} by the adapter's rank, subspaces and base",
+            "use the config it was made with",
+        )
+        is_floating = jnp.issubdtype(got.dtype, jnp.floating)
+        require(is_floating, f"{name} of dtype {got.dtype}", "a floating dtype")
 
 
 def _check_values(target: Target, config: SmoaConfig, node: Modulation) -> None:
@@ -223,51 +208,37 @@ def _check_values(target: Target, config: SmoaConfig, node: Modulation) -> None:
     scale = selected * np.float32(config.scale(target.rank))
     if not target.leading:
         ranks, scale = ranks[0], scale[0]
-    if not _equal(node.ranks, ranks):
-        raise CheckpointError(
-            f"got other ranks for {target.name} than the config's {target.subspace_ranks}; "
-            "expected equal ones; use the config that the adapter was made with"
-        )
-    if not _equal(node.scale, scale, 1e-6):
-        raise CheckpointError(
-            f"got another scale for {target.name} than the config's "
-            f"{config.scale(target.rank):.6g}; expected equal ones; use the config that the "
-            "adapter was made with"
-        )
+    require(
+        _equal(node.ranks, ranks),
+        f"other ranks for {target.name} than the config's {target.subspace_ranks}",
+        "equal ones",
+        "use the config that the adapter was made with",
+    )
+    require(
+        _equal(node.scale, scale, 1e-6),
+        f"another scale for {target.name} than the config's {config.scale(target.rank):.6g}",
+        "equal ones",
+        "use the config that the adapter was made with",
+    )
     if isinstance(node, Blocks):
-        _check_blocks(target, config, node)
+        for name, size in zip(("in_block", "out_block"), target.matrix_shape[-2:], strict=True):
+            sizes = split_evenly(size, config.num_subspaces)
+            pieces = np.repeat(np.arange(len(sizes), dtype=np.float32), sizes)
+            require(
+                _equal(jnp.sort(getattr(node, name), axis=-1), pieces),
+                f"{name} of {target.name} that doesn't divide {size} coordinates in blocks of "
+                f"{listed(sizes)}",
+                "one block id for each",
+                "the adapter is damaged",
+            )
     for name in TRAINABLE_FIELDS:
-        if not _padding_is_zero(node, name, ranks):
-            raise CheckpointError(
-                f"got values in the padding of {name} of {target.name}, beyond its ranks "
-                f"{target.subspace_ranks}; expected zeros; the adapter is damaged"
-            )
-
-
-def _check_blocks(target: Target, config: SmoaConfig, node: Blocks) -> None:
-    inputs, outputs = target.matrix_shape[-2:]
-    for name, size in (("in_block", inputs), ("out_block", outputs)):
-        sizes = split_evenly(size, config.num_subspaces)
-        pieces = np.repeat(np.arange(len(sizes), dtype=np.float32), sizes)
-        if not _equal(jnp.sort(getattr(node, name), axis=-1), pieces):
-            raise CheckpointError(
-                f"got {name} of {target.name} that doesn't divide {size} coordinates in blocks of "
-                f"{listed(sizes)}; expected one block id for each; the adapter is damaged"
-            )
-
-
-def _padding_is_zero(node: Modulation, name: str, ranks: np.ndarray) -> bool:
-    factor = getattr(node, name)
-    width = factor.shape[-1]
-    if float(ranks.min()) == width:
-        return True
-    used = jnp.asarray(np.arange(width) < ranks[..., None])  # (L?, M, R_m)
-    if isinstance(node, Blocks):
-        block = node.in_block if name == "a" else node.out_block
-        used = jnp.take_along_axis(used, block.astype(jnp.int32)[..., None], axis=-2)
-    elif isinstance(node, Bands):
-        used = used[..., None, :]
-    return bool(jnp.all(jnp.where(used, 0, factor) == 0))
+        require(
+            padding_is_zero(node, name, ranks),
+            f"values in the padding of {name} of {target.name}, beyond its ranks "
+            f"{target.subspace_ranks}",
+            "zeros",
+            "the adapter is damaged",
+        )
 
 
 def _equal(got: Any, expected: np.ndarray, tolerance: float = 0.0) -> bool:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smoa_jax.adapter.config import Scaling
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 from smoa_jax.checkpoint.huggingface.config import read_json
-from smoa_jax.checkpoint.peft.names import CONFIG_FILE
+from smoa_jax.checkpoint.peft.names import PEFT_CONFIG_FILE
 
 #: What works for every adapter that can't be read here.
 WAY_OUT = (
@@ -69,19 +69,22 @@ def read_peft_config(directory: Path) -> PeftSettings:
         CheckpointError: if there is no config, or if it asks for anything else than plain LoRA or
             HiRA on linear layers.
     """
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: no {CONFIG_FILE} in it; expected a directory that PEFT's "
-            "save_pretrained wrote: name the one that holds the adapter itself"
-        )
+    path = directory / PEFT_CONFIG_FILE
+    require(
+        path.is_file(),
+        f"a directory without {PEFT_CONFIG_FILE}",
+        "a directory that PEFT's save_pretrained wrote",
+        "name the one that holds the adapter itself",
+        where=directory,
+    )
     fields = read_json(path)
     kind = str(fields.get("peft_type")).lower()
-    if kind not in ("lora", "hira"):
-        raise CheckpointError(
-            f"{path}: got an adapter of type {fields.get('peft_type')}; expected LORA or HIRA: "
-            f"{WAY_OUT}"
-        )
+    require(
+        kind in ("lora", "hira"),
+        f"an adapter of type {fields.get('peft_type')}",
+        f"LORA or HIRA: {WAY_OUT}",
+        where=path,
+    )
     _check_off(path, fields)
     dropout = _number(path, fields, f"{kind}_dropout", 0.0)
     if kind == "hira":
@@ -106,12 +109,13 @@ def read_peft_config(directory: Path) -> PeftSettings:
 
 def _check_off(path: Path, fields: Mapping[str, Any]) -> None:
     for name in _INITS:
-        if fields.get(name) not in _PLAIN_INITS:
-            raise CheckpointError(
-                f"{path}: got {name}={fields[name]!r}, which changes the base weights too; "
-                "expected an adapter of the unchanged base: save it in PEFT with "
-                f"path_initial_model_for_weight_conversion, or {WAY_OUT}"
-            )
+        require(
+            fields.get(name) in _PLAIN_INITS,
+            f"{name}={fields.get(name)!r}, which changes the base weights too",
+            "an adapter of the unchanged base: save it in PEFT with "
+            f"path_initial_model_for_weight_conversion, or {WAY_OUT}",
+            where=path,
+        )
     unknown = set(fields) - _READ - _HARMLESS - set(_INITS)
     wanted = [name for name in sorted(unknown) if fields[name] and fields[name] != "none"]
     if wanted:
@@ -124,6 +128,10 @@ def _check_off(path: Path, fields: Mapping[str, Any]) -> None:
 
 def _number(path: Path, fields: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = fields.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{path}: {key} is {value!r}; expected a number")
+    require(
+        not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value),
+        f"{key} {value!r}",
+        "a number",
+        where=path,
+    )
     return float(value)

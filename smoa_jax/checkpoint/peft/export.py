@@ -30,19 +30,21 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.factors import unpadded_factors
 from smoa_jax.adapter.targets import walk
 from smoa_jax.adapter.tree import find_modulations
-from smoa_jax.adapter.types import Bands, Blocks, Modulation, Params, is_modulation
+from smoa_jax.adapter.types import Bands, Modulation, Params, is_modulation
 from smoa_jax.checkpoint.directories import replaced_directory
 from smoa_jax.checkpoint.names import TreePath
 from smoa_jax.checkpoint.peft.names import (
-    CONFIG_FILE,
+    PEFT_CONFIG_FILE,
     PEFT_PREFIX,
     TENSORS_FILE,
     ModuleName,
     decoder_module_name,
     is_part_of_more,
 )
+from smoa_jax.checks import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,15 +89,15 @@ def export_peft(
         ValueError: for spectral bands, or if ``params`` and ``config`` don't belong together.
         CheckpointError: if the directory is occupied.
     """
-    if config.partition == "spectral_bands":
-        raise ValueError(
-            "got an adapter of spectral bands for PEFT, which modulates by the whole weight and "
-            "has no place for a part of its spectrum; expected blocks or no partition; export the "
-            "merged model instead (merge_smoa, then a Hugging Face directory)"
-        )
+    require(
+        config.partition != "spectral_bands",
+        "an adapter of spectral bands for PEFT, which modulates by the whole weight and has no "
+        "place for a part of its spectrum",
+        "blocks or no partition",
+        "export the merged model instead (merge_smoa, then a Hugging Face directory)",
+    )
     found = find_modulations(params)
-    if not found:
-        raise ValueError("got params without any adapter; expected a tree from apply_smoa")
+    require(bool(found), "params without any adapter", "a tree from apply_smoa")
     modules = [
         module
         for path, node, _ in found.values()
@@ -105,13 +107,13 @@ def export_peft(
     fields = _config_fields(kind, config, modules, _targets(params, modules, hf_module_name))
     target = Path(directory).expanduser()
     with replaced_directory(
-        target, marker=CONFIG_FILE, what="a PEFT adapter", overwrite=overwrite
+        target, marker=PEFT_CONFIG_FILE, what="a PEFT adapter", overwrite=overwrite
     ) as draft:
         tensors = _tensors(kind, modules)
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
         fields = {"base_model_name_or_path": base_model_name, **fields}
         text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-        (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (draft / PEFT_CONFIG_FILE).write_text(text, encoding="utf-8")
     return target
 
 
@@ -122,11 +124,11 @@ def _modules(
     path: TreePath, node: Modulation, config: SmoaConfig, name: ModuleName
 ) -> list[_Module]:
     """The adapted layers of one kernel; those left out have rank 0."""
-    if isinstance(node, Bands) or node.weight_modulated != (config.modulation == "weight"):
-        raise ValueError(
-            f"got an adapter at {'/'.join(path)} of another kind than the config's; expected "
-            "params and config that belong together"
-        )
+    require(
+        not isinstance(node, Bands) and node.weight_modulated == (config.modulation == "weight"),
+        f"an adapter at {'/'.join(path)} of another kind than the config's",
+        "params and config that belong together",
+    )
     for leaf in (node.a, node.b):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise ValueError(
@@ -139,7 +141,7 @@ def _modules(
     for layer in range(len(host.ranks)) if stacked else (None,):
         one = host if layer is None else jax.tree.map(lambda leaf, n=layer: leaf[n], host)
         if one.ranks.sum():
-            a, b = _unpadded_factors(one)
+            a, b = unpadded_factors(one)
             scale = float(one.scale)
             module = _Module(
                 path=path, layer=layer, name=name(path, layer), a=a.T, b=b, scale=scale
@@ -151,28 +153,12 @@ def _modules(
 
 def _check_scale(module: _Module, config: SmoaConfig) -> None:
     expected = config.scale(len(module.a))
-    if abs(module.scale - expected) > 1e-6 * expected:
-        raise ValueError(
-            f"got an adapter of scale {module.scale:.6g} and rank {len(module.a)} for "
-            f"{module.name}, and a config that gives {expected:.6g}; expected params and config "
-            "that belong together"
-        )
-
-
-def _unpadded_factors(node: Modulation) -> tuple[np.ndarray, np.ndarray]:
-    """Ã (I, R) and B̃ (O, R) of one layer in float32."""
-    ranks = node.ranks.astype(int)
-    a, b = node.a.astype(np.float32), node.b.astype(np.float32)
-    if not isinstance(node, Blocks):
-        return a[:, : ranks[0]], b[:, : ranks[0]]
-
-    def masked(factor: np.ndarray, block: np.ndarray) -> np.ndarray:
-        columns = [
-            np.where((block == m)[:, None], factor[:, :rank], 0) for m, rank in enumerate(ranks)
-        ]
-        return np.concatenate(columns, axis=1)
-
-    return masked(a, node.in_block), masked(b, node.out_block)
+    require(
+        abs(module.scale - expected) <= 1e-6 * expected,
+        f"an adapter of scale {module.scale:.6g} and rank {len(module.a)} for {module.name}, and a "
+        f"config that gives {expected:.6g}",
+        "params and config that belong together",
+    )
 
 
 def _tensors(kind: str, modules: list[_Module]) -> dict[str, np.ndarray]:

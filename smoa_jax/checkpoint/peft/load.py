@@ -30,10 +30,11 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from smoa_jax import checks
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.targets import KERNEL_KEY, find_targets, lookup, walk
 from smoa_jax.adapter.types import Params, is_modulation
-from smoa_jax.checkpoint.errors import CheckpointError, listed
+from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 from smoa_jax.checkpoint.huggingface.directory import download, is_hub_name
 from smoa_jax.checkpoint.huggingface.safetensors_files import SafetensorsFiles
 from smoa_jax.checkpoint.names import TreePath
@@ -131,11 +132,13 @@ def _open_tensors(source: Path) -> SafetensorsFiles:
     path = source / TENSORS_FILE
     if path.is_file():
         return SafetensorsFiles(str(source), [path])
-    if (source / _PICKLE).is_file():
-        raise CheckpointError(
-            f"{source / _PICKLE}: a pickle, which can run code when opened and is refused; "
-            f"expected {TENSORS_FILE}: load the adapter in PEFT and save_pretrained it again"
-        )
+    require(
+        not (source / _PICKLE).is_file(),
+        "a pickle, which can run code when opened",
+        f"{TENSORS_FILE}",
+        "load the adapter in PEFT and save_pretrained it again",
+        where=source / _PICKLE,
+    )
     raise CheckpointError(f"{source}: no {TENSORS_FILE} in it; expected one: copy it again")
 
 
@@ -168,30 +171,39 @@ def _read_modules(
             continue
         adapters.add(parts.adapter)
         factors[parts.module][parts.factor] = name
-    if len(adapters) > 1:
-        raise CheckpointError(
-            f"{tensors.source}: got the adapters {listed(sorted(adapters))} in one file; expected "
-            "one: save each in PEFT on its own"
-        )
-    if not factors:
-        raise CheckpointError(
-            f"{tensors.source}: got no {settings.kind} factors; expected some: copy it again"
-        )
+    require(
+        len(adapters) <= 1,
+        f"the adapters {listed(sorted(adapters))} in one file",
+        "one",
+        "save each in PEFT on its own",
+        where=tensors.source,
+    )
+    require(
+        bool(factors),
+        f"no {settings.kind} factors",
+        "some",
+        "copy it again",
+        where=tensors.source,
+    )
     modules: _Modules = collections.defaultdict(dict)
     for name, pair in factors.items():
         place = places.get(plain_module_name(name))
         if place is None or place.path[-1] != KERNEL_KEY:
-            raise CheckpointError(
-                f"{tensors.source}: got an adapter on {name}; expected one of this base's linear "
-                "layers (a tied head is none): name the base that it was trained on"
+            checks.refuse(
+                f"an adapter on {name}",
+                "one of this base's linear layers (a tied head is none)",
+                "name the base that it was trained on",
+                where=tensors.source,
+                error=CheckpointError,
             )
         modules[place.path[:-1]][place.layer] = _read_module(tensors, settings, name, pair, place)
-    if unknown:
-        raise CheckpointError(
-            f"{tensors.source}: got {listed(unknown)}; expected the two {settings.kind} factors of "
-            "linear layers alone, no embeddings, biases, magnitudes or weights other than the "
-            f"base's: {WAY_OUT}"
-        )
+    require(
+        not unknown,
+        f"{listed(unknown)}",
+        f"the two {settings.kind} factors of linear layers alone, no embeddings, biases, "
+        f"magnitudes or weights other than the base's: {WAY_OUT}",
+        where=tensors.source,
+    )
     return modules
 
 

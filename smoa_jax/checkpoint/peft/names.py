@@ -21,7 +21,7 @@ from smoa_jax.checkpoint.huggingface.multimodal import text_name
 from smoa_jax.checkpoint.names import NAME_RULES, TreePath
 
 TENSORS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+PEFT_CONFIG_FILE = "adapter_config.json"
 #: What PEFT puts before the names of the model that it wraps.
 PEFT_PREFIX = "base_model.model."
 #: Where transformers 5 keeps the decoder of a multimodal model, without its head.

@@ -15,13 +15,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from smoa_jax import SmoaConfig, apply_smoa, merge_smoa
+from smoa_jax.adapter.targets import walk
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.export import orbax as orbax_export
 from smoa_jax.checkpoint.export.huggingface import export_huggingface
 from smoa_jax.checkpoint.export.orbax import export_orbax
 from smoa_jax.checkpoint.huggingface.config import config_from_hf
-from smoa_jax.checkpoint.names import flatten_tree
 from smoa_jax.checkpoint.native.directory import save_adapter
 from smoa_jax.cli import main
 from smoa_jax.models.params import init_params
@@ -100,7 +100,7 @@ def test_orbax_alone_restores_every_bit(tmp_path, params, source, dtype, reading
         cwd=tmp_path,
         check=True,
     )
-    expected = flatten_tree(params)
+    expected = dict(walk(params))
     with np.load(tmp_path / "bits.npz") as bits:
         assert set(bits.files) == {"/".join(path) for path in expected}
         for path, leaf in expected.items():
@@ -159,7 +159,7 @@ def test_a_tied_head_is_not_written_twice(tmp_path):
 
 def test_host_memory_holds_no_more_than_the_limit_or_one_array(tmp_path, params, monkeypatch):
     limit = 30_000
-    sizes = {path: leaf.nbytes for path, leaf in flatten_tree(params).items()}
+    sizes = {path: leaf.nbytes for path, leaf in walk(params)}
     on_host, peaks = set(), []
 
     class Watch(orbax_export._InBatches):

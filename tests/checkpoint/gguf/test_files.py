@@ -208,9 +208,9 @@ def test_linear_scaling_is_read_from_the_metadata(tmp_path, extra):
     ("extra", "message"),
     [
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'; expected"),
-        ({"llama.expert_count": 8}, "llama.expert_count is 8; expected 0"),
+        ({"llama.expert_count": 8}, "llama.expert_count 8; expected 0"),
         ({"split.count": 3}, "one part of a split GGUF"),
-        ({"llama.attention.sliding_window": 64}, "llama.attention.sliding_window is 64"),
+        ({"llama.attention.sliding_window": 64}, "llama.attention.sliding_window 64"),
     ],
 )
 def test_metadata_that_means_another_function_is_refused(tmp_path, extra, message):

@@ -118,20 +118,20 @@ def test_the_text_part_of_a_multimodal_config_fills_in_what_google_leaves_out():
         ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ({**GEMMA3, "attention_bias": True}, "attention_bias is True"),
         ({**GEMMA2, "enable_moe_block": True}, "enable_moe_block is True"),
-        ({**GEMMA2, "hidden_activation": "silu"}, "hidden_activation is 'silu'"),
-        ({**GEMMA, "hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({**GEMMA2, "layer_types": [LOCAL]}, r"layer_types is .*each of 7 layers"),
-        ({**GEMMA2, "layer_types": ["chunked_attention"] * 7}, "layer_types is"),
+        ({**GEMMA2, "hidden_activation": "silu"}, "hidden_activation 'silu'"),
+        ({**GEMMA, "hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({**GEMMA2, "layer_types": [LOCAL]}, r"layer_types .*each of 7 layers"),
+        ({**GEMMA2, "layer_types": ["chunked_attention"] * 7}, "layer_types"),
         ({**GEMMA2, "sliding_window": None}, "sliding_window is"),
         (
             {**GEMMA3, "rope_parameters": {LOCAL: {"rope_type": "linear", "factor": 2.0}}},
             "expected rope_type default, as every Gemma 3 has",
         ),
         ({**GEMMA3, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
-        ({"model_type": "gemma3", "text_config": None}, "text_config is None; expected an object"),
+        ({"model_type": "gemma3", "text_config": None}, "text_config None; expected an object"),
         (
             {"model_type": "gemma3", "text_config": GEMMA2},
-            "text_config has model_type 'gemma2'; expected gemma3_text",
+            "text_config of model_type 'gemma2'; expected gemma3_text",
         ),
         (
             {
@@ -143,7 +143,7 @@ def test_the_text_part_of_a_multimodal_config_fills_in_what_google_leaves_out():
         ),
         (
             {"model_type": "gemma3n", "text_config": {}},
-            "model_type is 'gemma3n'; expected one of llama, gemma, gemma2, gemma3_text, gemma3",
+            "model_type 'gemma3n'; expected one of llama, gemma, gemma2, gemma3_text, gemma3",
         ),
     ],
 )

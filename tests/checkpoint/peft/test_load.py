@@ -246,7 +246,7 @@ def test_weights_beside_an_adapted_head_must_be_the_bases(tmp_path, base):
         ({"loftq_config": {"loftq_bits": 4}}, "got loftq_config"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4', which changes the base"),
         ({"a_field_of_the_future": 1}, "got a_field_of_the_future=1"),
-        ({"lora_alpha": "big"}, "lora_alpha is 'big'; expected a number"),
+        ({"lora_alpha": "big"}, "lora_alpha 'big'; expected a number"),
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern.*expected regular expressions"),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_tied_head_has_nothing_to_adapt(tmp_path, base):
 
 
 def test_pickles_and_incomplete_directories_are_refused(tmp_path, base):
-    with pytest.raises(CheckpointError, match=r"no adapter_config.json in it; expected a dir"):
+    with pytest.raises(CheckpointError, match=r"without adapter_config.json; expected a dir"):
         import_peft(tmp_path, base)
     (tmp_path / "adapter_config.json").write_text(json.dumps(LORA))
     with pytest.raises(CheckpointError, match=r"no adapter_model.safetensors in it"):

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
+
+
+def refuse(
+    got: str,
+    expected: str,
+    do: str = "",
+    *,
+    where: object = "",
+    error: type[ValueError] = ValueError,
+) -> NoReturn:
+    """Raises ``error``: ``where: got ...; expected ...; do``, on one line.
+
+    ``where`` is a file, or a row of one.
+    """
+    what_to_do = f"; {do}" if do else ""
+    raise error(f"{f'{where}: ' if where else ''}got {got}; expected {expected}{what_to_do}")
 
 
 def require(
@@ -11,16 +27,12 @@ def require(
     expected: str,
     do: str = "",
     *,
-    where: str = "",
+    where: object = "",
     error: type[ValueError] = ValueError,
 ) -> None:
-    """Raises ``error`` unless ``ok``: ``where: got ...; expected ...; do``, on one line.
-
-    ``where`` is a file, or a row of one.
-    """
+    """``refuse`` unless ``ok``."""
     if not ok:
-        what_to_do = f"; {do}" if do else ""
-        raise error(f"{where and where + ': '}got {got}; expected {expected}{what_to_do}")
+        refuse(got, expected, do, where=where, error=error)
 
 
 def require_one_of(literal: Any, value: object, name: str) -> None:
