@@ -46,6 +46,7 @@ def peak_of(program: str, arguments: Sequence[object]) -> tuple[int, str]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": "",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     child = subprocess.Popen(

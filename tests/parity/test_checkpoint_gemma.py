@@ -14,8 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from smoa_jax.checkpoint.base import load_base
-from smoa_jax.checkpoint.export.huggingface import export_huggingface
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.merge import merge_smoa
+from smoa_jax.adapter.tree import apply_smoa
+from smoa_jax.adapter.types import is_modulation
+from smoa_jax.checkpoint.base import load_base, open_base
+from smoa_jax.checkpoint.export.huggingface import export_huggingface, export_stored
+from smoa_jax.checkpoint.export.merged import MergedReader
+from smoa_jax.checkpoint.native.directory import open_adapter, save_adapter
 from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.generation import GenerationConfig, generate
@@ -307,3 +313,33 @@ def test_the_text_part_of_a_multimodal_model_goes_back_where_it_was(tmp_path, la
             dtype=jnp.float32,
             hf_config=base.hf_config,
         )
+
+
+def test_a_multimodal_model_is_merged_on_the_host_as_in_memory(tmp_path):
+    multimodal_model().save_pretrained(tmp_path / "source", max_shard_size="40KB")
+    base = load_base(tmp_path / "source")
+    config = SmoaConfig(rank=2, num_subspaces=2, target_modules=["q_proj", "down_proj"])
+    params = jax.tree.map(
+        lambda node: dataclasses.replace(node, b=node.b + 0.1) if is_modulation(node) else node,
+        apply_smoa(base.params, config, jax.random.key(0)),
+        is_leaf=is_modulation,
+    )
+    known = {"base_fingerprint": base.fingerprint, "base_name": "tiny"}
+    save_adapter(params, config, tmp_path / "adapter", **known)
+    settings = {
+        "dtype": jnp.float32,
+        "hf_config": base.hf_config,
+        "multimodal_source": base.source,
+        "max_shard_bytes": 30_000,
+    }
+    export_huggingface(merge_smoa(params), base.config, tmp_path / "memory", **settings)
+    stored = open_base(tmp_path / "source")
+    found, _ = open_adapter(
+        tmp_path / "adapter", stored.params, base_fingerprint=stored.fingerprint
+    )
+    reader = MergedReader(stored, found, config)
+    export_stored(reader, stored.slots, stored.config, tmp_path / "disk", **settings)
+    names = sorted(path.name for path in (tmp_path / "memory").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "disk").iterdir())
+    for name in names:
+        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "disk" / name).read_bytes()

