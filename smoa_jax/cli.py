@@ -1,13 +1,14 @@
 """The command line, and the only user of the configuration parser.
 
     smoa train     --config FILE [--section.key VALUE ...] [--resume | --overwrite]
-    smoa evaluate  --config FILE [--section.key VALUE ...] --adapter_dir DIR
+    smoa evaluate  --adapter DIR [--data.eval_files FILES] [--section.key VALUE ...]
     smoa generate  --model PATH [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
     smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
     smoa import    --model PATH --peft DIR --output DIR
     smoa inspect   --model PATH [--adapter DIR] [--plot FILE.png]
 
-``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2.
+``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
+run that was asked to stop and has saved exits with 75, an aborted one with 130.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from smoa_jax.checkpoint.native.directory import read_adapter
 from smoa_jax.checks import require
 from smoa_jax.commands.evaluate import evaluate
 from smoa_jax.commands.export import export
 from smoa_jax.commands.generate import generate
 from smoa_jax.commands.import_adapter import import_adapter
 from smoa_jax.commands.inspect import inspect
-from smoa_jax.commands.train import train
+from smoa_jax.commands.train import preview_rows, train
 from smoa_jax.data.rows import BadRowError
 from smoa_jax.training.config import RunConfig
+from smoa_jax.training.saved_adapter import run_settings
 
 _DESCRIPTIONS = {
     "train": "Fine-tune a model with an adapter, as a configuration file says.",
@@ -91,13 +95,13 @@ def _run(command: str, arguments: list[str]) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         stands = "; --resume goes on from the last checkpoint, or from the start if there is none"
-        return _fail("interrupted" + (stands if command == "train" else ""))
+        return _fail("interrupted" + (stands if command == "train" else ""), 130)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     first = " ".join(message.split())
     print(f"smoa: error: {first}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _quieten_libraries() -> None:
@@ -179,24 +183,62 @@ def _train(arguments: list[str]) -> int:
     parser = _run_parser("train")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
+    parser.add_argument(
+        "--preview",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="show so many rows, what is learned of them marked, and do nothing else",
+    )
     parsed = _parse(parser, arguments)
     config = _run_config(parser, parsed)
+    require(parsed.preview >= 0, f"--preview {parsed.preview}", "a number of rows")
+    if parsed.preview:
+        return preview_rows(config, parsed.preview)
     return train(config, resume=parsed.resume, overwrite=parsed.overwrite)
 
 
 def _evaluate(arguments: list[str]) -> int:
-    require(
-        not any(word.split("=")[0] == "--adapter" for word in arguments),
-        "--adapter, a section of the configuration",
-        "the adapter's directory under --adapter_dir",
-    )
+    # The section adapter of a run's configuration has no say here, so the word names a directory;
+    # adapter_dir is what it was called before.
+    words = [re.sub(r"^--adapter(?=$|=)", "--adapter_dir", word) for word in arguments]
     parser = _run_parser("evaluate")
     parser.add_argument("--adapter_dir", required=True, help="adapter directory, or a run's")
     parser.add_argument(
         "--checkpoint", default="", help="best, last or a step's number, of the run; else as it is"
     )
-    parsed = _parse(parser, arguments)
-    return evaluate(_run_config(parser, parsed), parsed.adapter_dir, str(parsed.checkpoint))
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.set_defaults(_said_by_adapter(words))
+    parsed = _parse(parser, words)
+    config = _run_config(parser, parsed)
+    return evaluate(config, parsed.adapter_dir, str(parsed.checkpoint), as_json=parsed.json)
+
+
+def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
+    """What need not be given to evaluate an adapter: its run's configuration, or its own words."""
+    given = re.search(r"(?:^|\0)--adapter_dir(?:=|\0)([^\0]*)", "\0".join(words))
+    if given is None:
+        return {}
+    settings = run_settings(given.group(1))
+    if settings:
+        kept = ("model", "mesh", "evaluation", "data")
+        flat = {
+            f"{section}.{name}": value
+            for section in kept
+            for name, value in settings.get(section, {}).items()
+        }
+        sizes = {
+            f"train.{name}": settings["train"][name]
+            for name in ("batch_size", "accumulate", "eval_batch_size", "loss_chunk", "output_dir")
+        }
+        if any(word.split("=")[0] == "--data.eval_files" for word in words):
+            # Other held-out rows than the run's own: nothing of it is to be taken out of them.
+            for name in ("train_files", "eval_rows", "eval_fraction", "train_limit"):
+                flat.pop(f"data.{name}", None)
+        return flat | sizes
+    description = read_adapter(given.group(1))
+    template = {"data.template": description.template} if description.template else {}
+    return {"model.path": description.base_name, "train.output_dir": "unused"} | template
 
 
 def _generate(arguments: list[str]) -> int:
@@ -205,12 +247,28 @@ def _generate(arguments: list[str]) -> int:
         "--prompt",
         action="append",
         metavar="TEXT",
-        required=True,
+        default=[],
         help="a prompt; may be given several times, or as one JSON list of texts",
     )
-    options = dict(vars(parser.instantiate(_parse(parser, arguments))))
+    parser.add_argument(
+        "--prompt_file", default="", metavar="FILE", help="prompts, one a line; - is standard input"
+    )
+    words = [word for word in arguments if word != "--chat"]  # a plain flag
+    options = dict(vars(parser.instantiate(_parse(parser, words))))
+    options["chat"] = options["chat"] or len(words) < len(arguments)
     texts = [text for word in options.pop("prompt") for text in _texts(word)]
+    texts += _lines(options.pop("prompt_file"))
     return generate(prompt=texts, **options)
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file, or of standard input, that aren't empty."""
+    if not path:
+        return []
+    if path == "-":
+        return [line for line in sys.stdin.read().splitlines() if line.strip()]
+    require(Path(path).is_file(), f"--prompt_file {path}", "a file of prompts, or -")
+    return [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
 
 
 def _writing(command: str, function: Callable[..., int]) -> Callable[[list[str]], int]:

@@ -7,14 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+from tests.processes import xla_flags
+
 if "jax" in sys.modules:
     raise RuntimeError("JAX was imported before tests/conftest.py could set its device count")
 os.environ["JAX_PLATFORMS"] = os.environ.get("SMOA_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    # Most of the suite's time is compilation of programs that run once.
-    " --xla_backend_optimization_level=0"
-).strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 # What one process has compiled, no other compiles again: workers, processes of tests, later runs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".xla_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -24,6 +24,14 @@ ROOT = Path(__file__).parents[1]
 _MARK = "outcome: "
 
 
+def xla_flags(devices: int) -> str:
+    """So many forced devices, and quick compilation, which takes most of the suite's time.
+
+    The same everywhere: what is compiled otherwise may round otherwise.
+    """
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
 def run_processes(
     program: Path, arguments: Sequence[object] = (), *, count: int = 2, devices: int = 4
 ) -> list[Any]:
@@ -46,7 +54,7 @@ def start_processes(
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
     }
     with tempfile.TemporaryDirectory() as folder:

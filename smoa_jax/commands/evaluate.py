@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
+from rich.console import Console
 from rich.table import Table
 
 from smoa_jax.adapter.tree import strip_smoa
@@ -16,19 +19,23 @@ from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.processes import initialize, is_first, together
 from smoa_jax.training.checks import check_data, describe_data
 from smoa_jax.training.config import RunConfig
+from smoa_jax.training.directory import jsonable
 from smoa_jax.training.held_out import held_out_answers, held_out_loss
 from smoa_jax.training.metrics import ProgressReport
 from smoa_jax.training.model import load_model, spectra_cache
 from smoa_jax.training.saved_adapter import adapter_directory
 
 
-def evaluate(config: RunConfig, adapter_dir: str, checkpoint: str = "") -> int:
+def evaluate(
+    config: RunConfig, adapter_dir: str, checkpoint: str = "", *, as_json: bool = False
+) -> int:
     """Score an adapter on the held-out rows of a run's data: loss, and answers if asked for."""
     initialize(config.distributed)
-    say = console.print if is_first() else _silent
+    say = console.print if is_first() and not as_json else _silent
     with together():
         tokenizer = load_tokenizer(abstract_base(config.model.path).source)
-        data = build_data(config.data, tokenizer)
+        data = build_data(config.data, tokenizer, held_out_only=True)
+        config = dataclasses.replace(config, data=data.config)
         if data.eval is None:
             refuse(
                 "data without held-out rows",
@@ -47,7 +54,8 @@ def evaluate(config: RunConfig, adapter_dir: str, checkpoint: str = "") -> int:
             )
         loaded = load_model(config)
         check_data(config, loaded, data)
-        with ProgressReport("planning spectra", 1) as report:
+        quiet = Console(quiet=True) if as_json else None
+        with ProgressReport("planning spectra", 1, console=quiet) as report:
             params = load_adapter(
                 directory,
                 loaded.base.params,
@@ -61,6 +69,15 @@ def evaluate(config: RunConfig, adapter_dir: str, checkpoint: str = "") -> int:
     if config.evaluation.rows:
         answers = [held_out_answers(config, loaded, data, tree, tokenizer) for tree in both]
         accuracies = [found.score.accuracy for found in answers]
+    if as_json and is_first():
+        scores = {"loss_base": losses[0], "loss_adapted": losses[1], "rows": len(data.eval)}
+        if config.evaluation.rows:
+            scores |= {
+                "accuracy_base": accuracies[0],
+                "accuracy_adapted": accuracies[1],
+                "scored_rows": config.evaluation.rows,
+            }
+        print(json.dumps(jsonable({"adapter": adapter_dir, "checkpoint": checkpoint, **scores})))
     name = f"{adapter_dir}{f' at {checkpoint}' if checkpoint else ''}"
     say(_table(config, name, data, losses, accuracies))
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -10,8 +12,10 @@ import jax
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter
 from smoa_jax.checks import require
 from smoa_jax.commands.tables import console
-from smoa_jax.data.encode import encode_prompt
-from smoa_jax.data.templates import TemplateName, make_template
+from smoa_jax.data.config import TemplateChoice
+from smoa_jax.data.encode import encode_open_row
+from smoa_jax.data.rows import AnyRow, Conversation, Message, Row
+from smoa_jax.data.templates import make_template
 from smoa_jax.data.tokenizer import load_tokenizer, special_ids
 from smoa_jax.evaluation.scoring import respond
 from smoa_jax.models.generation import GenerationConfig
@@ -27,11 +31,14 @@ def generate(
     *,
     model: str,
     prompt: list[str],
+    system: str = "",
+    chat: bool = False,
     adapter: str = "",
     checkpoint: str = "",
-    template: Literal["auto", TemplateName] = "auto",
+    template: TemplateChoice = "auto",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
     num_beams: int = 1,
     seed: int = 0,
@@ -45,6 +52,8 @@ def generate(
     Args:
         model: Hugging Face directory or GGUF file.
         prompt: A prompt, or a list of them.
+        system: What a conversation begins with, under the template chat.
+        chat: Converse, line by line, under the template chat.
         adapter: Adapter directory, or a run's; empty: the base alone.
         checkpoint: best, last or a step's number, of the run that adapter names or lies in; empty:
             the adapter as it stands.
@@ -52,6 +61,7 @@ def generate(
             tokenizer's chat template if it has one, else plain.
         max_new_tokens: Longest response.
         temperature: 0: greedy.
+        top_k: Most probable tokens that sampling keeps; 0: all.
         top_p: Share of probability that sampling keeps.
         num_beams: Above 1: beam search.
         seed: Of sampling.
@@ -61,7 +71,15 @@ def generate(
             devices, else all of them by fsdp.
         distributed: As in a run, for several processes.
     """
-    require(bool(prompt), "no prompt", "at least one", "give --prompt 'a text'")
+    require(
+        bool(prompt) or chat,
+        "no prompt",
+        "at least one",
+        "give --prompt 'a text', --prompt_file FILE, or --chat",
+    )
+    require(
+        not (chat and prompt), "--chat with prompts", "one of them", "type them once it has begun"
+    )
     require(
         bool(adapter) or not checkpoint,
         "--checkpoint without --adapter",
@@ -89,30 +107,75 @@ def generate(
     if template == "auto":
         template, reason = _template(trained_with, tokenizer)
         note = f"template: {template} ({reason}); --template chooses another"
-    maker = make_template(template, tokenizer)
-    ids = special_ids(tokenizer)
-    prompts = [encode_prompt(text, tokenizer, maker) for text in prompt]
-    largest = max(int(tokens.max(initial=0)) for tokens in prompts)
-    check_vocabulary(largest, base.config.vocab_size, model)
-    responses = respond(
-        loaded.model,
-        params,
-        prompts,
-        tokenizer,
-        GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_ids=ids.eos,
-            pad_id=ids.pad,
-            temperature=temperature,
-            top_p=top_p,
-            num_beams=num_beams,
-        ),
-        batch_size=rows_for_mesh(len(prompt), loaded.mesh),
-        key=jax.random.key(seed),
+    needs_chat = "--chat" if chat else "--system" if system else ""
+    require(
+        template == "chat" or not needs_chat,
+        f"{needs_chat} with the template {template}",
+        "the template chat, which has turns",
+        "leave it out, or say --template chat",
     )
+    ids = special_ids(tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_ids=ids.eos,
+        pad_id=ids.pad,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+    )
+    maker = make_template(template, tokenizer)
+    keys = itertools.count()
+
+    def answer(asked: list[AnyRow]) -> tuple[str, ...]:
+        prompts = [encode_open_row(row, tokenizer, maker) for row in asked]
+        largest = max(int(tokens.max(initial=0)) for tokens in prompts)
+        check_vocabulary(largest, base.config.vocab_size, model)
+        return respond(
+            loaded.model,
+            params,
+            prompts,
+            tokenizer,
+            config,
+            batch_size=rows_for_mesh(len(prompts), loaded.mesh),
+            key=jax.random.fold_in(jax.random.key(seed), next(keys)),
+        )
+
+    if chat:
+        require(jax.process_count() == 1, "--chat in several processes", "one")
+        return _converse(answer, system, note)
+    responses = answer([_open_row(text, system) for text in prompt])
     if is_first():
         _show(prompt, responses, note)
     return 0
+
+
+def _open_row(text: str, system: str, turns: tuple[Message, ...] = ()) -> AnyRow:
+    """A row whose response is to be written: a prompt alone, or the next turn of a conversation."""
+    if not system and not turns:
+        return Row(instruction=text, output="", origin="prompt")
+    start = (Message(role="system", content=system),) if system else ()
+    asked = Message(role="user", content=text), Message(role="assistant", content="")
+    return Conversation(messages=(*start, *turns, *asked), origin="prompt")
+
+
+def _converse(answer: Callable[[list[AnyRow]], tuple[str, ...]], system: str, note: str) -> int:
+    """Read a line, answer it with all that was said before in mind, and so on to the end."""
+    if note:
+        print(note, file=sys.stderr)
+    print("an empty line or end of input ends the conversation", file=sys.stderr)
+    turns: tuple[Message, ...] = ()
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return 0
+        if not text.strip():
+            return 0
+        (response,) = answer([_open_row(text, system, turns)])
+        console.print(response, markup=False, soft_wrap=True)
+        said = Message(role="user", content=text), Message(role="assistant", content=response)
+        turns = (*turns, *said)
 
 
 def _show(prompts: list[str], responses: tuple[str, ...], note: str) -> None:

@@ -15,7 +15,7 @@ from smoa_jax.data.identity import Identity, data_identity
 from smoa_jax.data.packing import plan_rows
 from smoa_jax.data.pipeline import ExamplesIndex, TrainStream
 from smoa_jax.data.reasoning import reasoning_rows
-from smoa_jax.data.rows import AnyRow
+from smoa_jax.data.rows import AnyRow, Conversation
 from smoa_jax.data.sources import read_rows
 from smoa_jax.data.splits import drop_overlap, split_rows
 from smoa_jax.data.templates import make_template
@@ -26,7 +26,9 @@ class Data:
     """What training and evaluation read.
 
     Attributes:
-        train: Training rows; ``train_stream`` makes batches of them.
+        config: With its source and template settled, where it said ``auto``.
+        train: Training rows; ``train_stream`` makes batches of them. None where only held-out rows
+            were asked for.
         eval: Held-out rows for the loss, for ``eval_batches``; ``None`` without held-out rows.
         questions: Held-out prompts and reference answers, for generation; maybe none.
         counts: Per split, what was read, dropped and cut.
@@ -34,7 +36,7 @@ class Data:
     """
 
     config: DataConfig
-    train: ExamplesIndex
+    train: ExamplesIndex | None
     eval: ExamplesIndex | None
     questions: Questions
     counts: dict[str, dict[str, int]]
@@ -44,6 +46,7 @@ class Data:
         self, batch_size: int, *, process_index: int = 0, process_count: int = 1
     ) -> TrainStream:
         """An endless stream of training batches from the start; ``restore`` moves it."""
+        assert self.train is not None
         return TrainStream(
             self.train,
             batch_size,
@@ -55,14 +58,30 @@ class Data:
         )
 
 
-def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
+def build_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, held_out_only: bool = False
+) -> Data:
     """Reads or generates the rows of ``config``, tokenises them and plans their batches.
+
+    Args:
+        config: Of the data.
+        tokenizer: From ``load_tokenizer``.
+        held_out_only: For evaluation: ``eval_files`` need no ``train_files`` beside them.
 
     Raises:
         ValueError: Bad files, rows or settings; the message says which.
     """
-    template = make_template(config.template, tokenizer)
+    require(
+        bool(config.train_files)
+        or not config.reads_files
+        or (held_out_only and bool(config.eval_files)),
+        "no data" if config.source == "auto" else "data.source=files without data.train_files",
+        "rows to train on" if not held_out_only else "held-out rows",
+        "name data.train_files" + (" or data.eval_files" if held_out_only else ""),
+    )
     train_rows, eval_rows, read_counts = load_rows(config)
+    config = _settled(config, train_rows or eval_rows)
+    template = make_template(config.template, tokenizer)
 
     def encode(rows: list[AnyRow]) -> ExamplesIndex:
         examples = encode_rows(
@@ -78,7 +97,7 @@ def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
         )
         return ExamplesIndex(examples=examples, plan=plan)
 
-    train = encode(train_rows)
+    train = encode(train_rows) if train_rows else None
     held_out = encode(eval_rows) if eval_rows else None
     questions = encode_questions(
         eval_rows,
@@ -87,19 +106,22 @@ def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
         max_length=config.max_length,
         on_bad_row=config.on_bad_row,
     )
-    counts = {"read": dict(read_counts), "train": dict(train.examples.counts)}
-    counts["train"]["batch_rows"] = len(train)
-    counts["train"]["response_tokens"] = int(train.examples.trained.sum())
+    counts = {"read": dict(read_counts)}
+    identity: Identity = {}
+    if train is not None:
+        counts["train"] = dict(train.examples.counts)
+        counts["train"]["batch_rows"] = len(train)
+        counts["train"]["response_tokens"] = int(train.examples.trained.sum())
+        identity = data_identity(
+            train.examples,
+            None if held_out is None else held_out.examples,
+            references=questions.references,
+            train_files=config.train_files,
+            eval_files=config.eval_files,
+            settings=config.row_settings(),
+        )
     if held_out is not None:
         counts["eval"] = dict(held_out.examples.counts)
-    identity = data_identity(
-        train.examples,
-        None if held_out is None else held_out.examples,
-        references=questions.references,
-        train_files=config.train_files,
-        eval_files=config.eval_files,
-        settings=config.row_settings(),
-    )
     return Data(
         config=config,
         train=train,
@@ -108,6 +130,18 @@ def build_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Data:
         counts=counts,
         identity=identity,
     )
+
+
+def _settled(config: DataConfig, rows: list[AnyRow]) -> DataConfig:
+    """The configuration with what ``auto`` means for these rows."""
+    template = config.template
+    if template == "auto":
+        if any(isinstance(row, Conversation) for row in rows):
+            template = "chat"
+        else:
+            template = "plain" if all(getattr(row, "verbatim", False) for row in rows) else "alpaca"
+    source = "files" if config.source == "auto" else config.source
+    return dataclasses.replace(config, source=source, template=template)
 
 
 def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[str]]:
@@ -128,9 +162,11 @@ def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[s
             eval_rows=task.eval_rows,
             seed=task.seed,
         )
-    rows, counts = read_rows(
-        config.train_files, on_bad_row=config.on_bad_row, limit=config.train_limit
-    )
+    rows, counts = [], Counter()
+    if config.train_files:
+        rows, counts = read_rows(
+            config.train_files, on_bad_row=config.on_bad_row, limit=config.train_limit
+        )
     if config.eval_files:
         held_out, eval_counts = read_rows(
             config.eval_files, on_bad_row=config.on_bad_row, limit=config.eval_limit

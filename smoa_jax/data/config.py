@@ -10,7 +10,9 @@ from smoa_jax.data.arithmetic import ArithmeticTask
 from smoa_jax.data.rows import OnBadRow
 from smoa_jax.data.templates import TemplateName
 
-Source: TypeAlias = Literal["files", "arithmetic", "reasoning_gym"]
+Source: TypeAlias = Literal["auto", "files", "arithmetic", "reasoning_gym"]
+#: ``auto`` is settled once the rows are known.
+TemplateChoice: TypeAlias = Literal["auto", TemplateName]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class DataConfig:
     """Where rows come from and how they become batches.
 
     Attributes:
-        source: ``files``, or a generator: ``arithmetic`` or ``reasoning_gym``.
+        source: ``files``, or a generator: ``arithmetic`` or ``reasoning_gym``; ``auto``: files
+            where files are named, and never a generated task.
         train_files: JSON, JSON Lines or Parquet files.
         eval_files: Held-out files; empty: rows are taken out of ``train_files``.
         train_limit: Use at most this many rows of ``train_files``; 0: all.
@@ -60,7 +63,8 @@ class DataConfig:
         eval_fraction: The same as a share of the rows; set one of the two.
         on_bad_row: ``error`` stops at a row without the expected fields; ``skip`` counts it.
         task: What to generate.
-        template: ``alpaca``, ``chat`` or ``plain``.
+        template: ``alpaca``, ``chat`` or ``plain``; ``auto``: the tokenizer's chat template for
+            conversations, plain for prompts with completions, alpaca for instructions.
         max_length: Tokens of a row: BOS, prompt, response and EOS together.
         response_only: Train on responses alone.
         pack: Let short examples share rows, without seeing each other.
@@ -69,7 +73,7 @@ class DataConfig:
         prefetch: Batches to make ahead in the background.
     """
 
-    source: Source = "arithmetic"
+    source: Source = "auto"
     train_files: tuple[str, ...] = ()
     eval_files: tuple[str, ...] = ()
     train_limit: int = 0
@@ -78,7 +82,7 @@ class DataConfig:
     eval_fraction: float = 0.0
     on_bad_row: OnBadRow = "error"
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
-    template: TemplateName = "alpaca"
+    template: TemplateChoice = "auto"
     max_length: int = 256
     response_only: bool = True
     pack: bool = False
@@ -89,13 +93,18 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(self)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether rows come from files; a task is generated only where one is named."""
+        return self.source in ("auto", "files")
+
     def row_settings(self) -> dict[str, Any]:
         """What decides, beside the files' content, about the rows and their layout; by name."""
         settings = dataclasses.asdict(self)
         task = settings.pop("task")
         for name in ("train_files", "eval_files", "prefetch"):
             del settings[name]
-        if self.source == "files":
+        if self.reads_files:
             return settings
         return settings | {f"task.{name}": value for name, value in task.items()}
 
@@ -105,7 +114,7 @@ def _check(config: DataConfig) -> None:
     for name, words in (
         ("source", Source),
         ("on_bad_row", OnBadRow),
-        ("template", TemplateName),
+        ("template", TemplateChoice),
     ):
         require_one_of(words, getattr(config, name), f"data.{name}=")
     for name, least in (
@@ -128,15 +137,12 @@ def _check(config: DataConfig) -> None:
         "either files or a share of train_files",
         "use eval_limit to shorten eval_files",
     )
-    files, generated = bool(config.train_files), config.source != "files"
+    files = bool(config.train_files or config.eval_files)
     require(
-        files or generated, "data.source=files without data.train_files", "one or more", "name them"
-    )
-    require(
-        not (generated and (files or config.eval_files)),
+        config.reads_files or not files,
         f"data files with data.source={config.source}",
-        "source files",
-        "set data.source=files, or leave the files out",
+        "files or a generated task",
+        "leave data.source or the files out",
     )
     if config.source == "arithmetic":
         config.task.arithmetic()

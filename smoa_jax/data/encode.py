@@ -160,6 +160,13 @@ def encode_prompt(
 ) -> np.ndarray:
     """The prompt tokens for one free instruction, as training would have written them."""
     row = Row(instruction=text, output="", input=input, origin="prompt")
+    return encode_open_row(row, tokenizer, template)
+
+
+def encode_open_row(
+    row: AnyRow, tokenizer: PreTrainedTokenizerFast, template: Template
+) -> np.ndarray:
+    """The prompt tokens of a row whose response is still to be written."""
     ids = special_ids(tokenizer)
     [pieces] = encode_pieces(tokenizer, [[piece.text for piece in template(row).prompt]])
     return np.asarray(_with_bos([token for piece in pieces for token in piece], ids.bos), np.int32)

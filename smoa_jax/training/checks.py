@@ -23,8 +23,8 @@ _COUNT_WORDS = {
     "bad_rows": "bad rows left out",
     "bad_rows_in_eval": "bad held-out rows left out",
     "eval_in_train": "held-out rows left out, since they occur in training",
-    "prompt_too_long": "prompts left out, too long to leave room for a response",
-    "responses_truncated": "responses cut",
+    "prompt_too_long": "prompts left out, too long to leave room for a response in data.max_length",
+    "responses_truncated": "responses cut at data.max_length",
 }
 
 
@@ -133,9 +133,10 @@ def check_steps(steps: int, restored_step: int) -> None:
 def describe_data(data: Data) -> str:
     """Rows to train on and held out, and what was left out or cut on the way."""
     counts: Counter[str] = Counter()
+    train = 0 if data.train is None else len(data.train.examples)
     for split in data.counts.values():
         counts.update(split)
     held_out = 0 if data.eval is None else len(data.eval.examples)
-    parts = [f"{len(data.train.examples):,} rows to train on", f"{held_out:,} held out"]
+    parts = [f"{train:,} rows to train on", f"{held_out:,} held out"]
     parts += [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
-    return "data: " + ", ".join(parts)
+    return "data: " + ", ".join(parts) + f"; template {data.config.template}"

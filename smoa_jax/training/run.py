@@ -19,12 +19,14 @@ from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import abstract_base
 from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.pipeline import unchecked
+from smoa_jax.data.preview import preview
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.processes import batch_share, initialize, together
 from smoa_jax.training.checkpoints import Identity, TrainingCheckpoints
 from smoa_jax.training.checks import check_data, check_directory, check_steps, describe_data
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.directory import RunDirectory, RunError, jsonable
+from smoa_jax.training.environment import describe_environment, unused_accelerator
 from smoa_jax.training.held_out import held_out_answers, mean_loss
 from smoa_jax.training.loop import OnStep, train
 from smoa_jax.training.metrics import (
@@ -139,11 +141,17 @@ def prepare(
             require_tensorboard()
         tokenizer = load_tokenizer(abstract_base(config.model.path).source)
         data = build_data(config.data, tokenizer)
+        assert data.train is not None
+        config = dataclasses.replace(config, data=data.config)
         report.say(describe_data(data))
+        report.say(preview(data.train.examples, 0, tokenizer))
         steps = config.train.steps or math.ceil(
             config.train.epochs * len(data.train) / config.train.batch_size
         )
+        if mistake := unused_accelerator():
+            report.say(mistake)
         loaded = load_model(config)
+        report.say(describe_environment(loaded))
         check_data(config, loaded, data)
         warmup = warmup_steps(config, steps)
         if warmup < config.optimizer.warmup_steps:

@@ -159,7 +159,7 @@ def test_pickles_are_refused_as_file_and_as_directory(tmp_path, name):
 def test_a_directory_without_weights_or_config_says_what_is_missing(tmp_path, whole):
     assert "without config.json" in refusal(tmp_path)
     (whole / "model.safetensors").unlink()
-    assert "no safetensors file; expected model.safetensors" in refusal(whole)
+    assert "without safetensors files; expected model.safetensors" in refusal(whole)
 
 
 def test_an_adapter_is_not_a_model(whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
 from smoa_jax.cli import main
 from smoa_jax.models.decoder import Decoder
-from tests.cli.tiny import COLOURS, refusal
+from tests.cli.tiny import COLOURS, refusal, write_rows
 
 TOKENS = np.random.default_rng(3).integers(0, 280, (2, 12))
 
@@ -109,6 +110,37 @@ def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
     assert "warning: the adapter was trained with the template alpaca, and data.template is" in text
 
 
+def test_evaluate_needs_no_more_than_an_adapter_and_data(trained, capsys, tmp_path, one_device):
+    summary = json.loads((trained.run / "summary.json").read_text())
+    # A run brings its data; its directory and its adapter's say the same.
+    for place in (trained.run, trained.adapter):
+        found = shown(capsys, ["evaluate", "--adapter", place, "--json"])
+        scores = json.loads(found.out)
+        assert scores["loss_adapted"] == pytest.approx(summary["loss_after"], rel=1e-6)
+        assert scores["loss_base"] == pytest.approx(summary["loss_before"], rel=1e-6)
+        assert (scores["accuracy_adapted"], scores["scored_rows"], scores["rows"]) == (1.0, 8, 8)
+    # An adapter alone names its base and its template.
+    adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
+    rows = write_rows(tmp_path / "new.jsonl", [("sky 31", "blue"), ("leaf 30", "green")])
+    words = ["evaluate", "--adapter", adapter, "--data.eval_files", f"[{rows}]", "--json"]
+    alone = json.loads(shown(capsys, words).out)
+    assert alone["rows"] == 2
+    assert alone["loss_adapted"] < 0.5 * alone["loss_base"]
+    assert "accuracy_base" not in alone
+    # Other rows than the run's own take the place of its whole data.
+    words[2] = trained.run
+    other = json.loads(shown(capsys, [*words, "--evaluation.rows", 0]).out)
+    assert other["loss_adapted"] == pytest.approx(alone["loss_adapted"], rel=1e-5)
+
+
+def test_a_preview_shows_rows_with_what_is_learned_and_writes_nothing(place, capsys):
+    text = shown(capsys, ["train", "--config", place.config, "--preview", 2]).out
+    assert "data: 32 rows to train on, 8 held out; template plain" in text
+    assert text.count("\u27e6") == 2 * 2  # the mark is explained once a row
+    assert re.search(r"(sky|leaf) \d+\n\u27e6(blue|green).*\u27e7", text)
+    assert not place.run.exists()
+
+
 def test_resuming_with_other_settings_says_so_and_writes_them_down(finished, capsys, one_device):
     """The steps are all taken: what is left is to score and save again."""
     words = ["--config", finished.config, "--train.output_dir", finished.run, "--resume"]
@@ -154,6 +186,45 @@ def test_several_prompts_in_either_form_are_answered_in_order(trained, capsys):
     lines = generate(capsys, trained, *words).out.splitlines()
     answers = {"sky 1": "blue", "leaf 2": "green", "sky 31": "blue", "leaf 4": "green"}
     assert lines == [line for pair in answers.items() for line in (f"> {pair[0]}", pair[1])]
+
+
+def test_prompts_come_from_a_file_or_standard_input_too(trained, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "prompts.txt"
+    path.write_text("sky 1\n\nleaf 2\n")
+    expected = ["> sky 1", "blue", "> leaf 2", "green"]
+    assert generate(capsys, trained, "--prompt_file", path).out.splitlines() == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("leaf 3\n"))
+    words = ["--prompt", "sky 2", "--prompt_file", "-"]
+    lines = generate(capsys, trained, *words).out.splitlines()
+    assert lines == ["> sky 2", "blue", "> leaf 3", "green"]
+    missing = ["generate", "--model", trained.base, "--prompt_file", tmp_path / "none.txt"]
+    assert "expected a file of prompts" in refusal(capsys, missing)
+
+
+def test_a_conversation_goes_on_from_what_was_said(trained, capsys, tmp_path, monkeypatch):
+    model = shutil.copytree(trained.base, tmp_path / "base")
+    template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    asked = []
+
+    def respond(model, params, prompts, tokenizer, config, *, batch_size, key):
+        asked.append((tokenizer.decode(prompts[0]), config.top_k))
+        return ("blue",)
+
+    monkeypatch.setattr("smoa_jax.commands.generate.respond", respond)
+    monkeypatch.setattr("sys.stdin", io.StringIO("sky 1\nleaf 2\n\nleaf 3\n"))
+    words = ["generate", "--model", model, "--chat", "--system", "red", "--temperature", 1]
+    out = shown(capsys, [*words, "--top_k", 3]).out
+    assert [text.split("\n") for text, _ in asked] == [
+        ["red", "sky 1", ""],
+        ["red", "sky 1", "blue", "leaf 2", ""],
+    ]
+    assert {top_k for _, top_k in asked} == {3}
+    assert out.count("blue") == 2
+    plain = ["generate", "--model", trained.base, "--prompt", "sky 1", "--system", "red"]
+    assert "--system with the template plain" in refusal(capsys, plain)
+    both = ["generate", "--model", model, "--prompt", "sky 1", "--chat"]
+    assert "--chat with prompts" in refusal(capsys, both)
 
 
 def test_sampling_repeats_with_its_seed_and_differs_without(trained, capsys):

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from smoa_jax.commands.train import INTERRUPTED
 from tests.cli.tiny import write_place
+from tests.processes import xla_flags
 from tests.training.tiny_run import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +45,7 @@ def start(arguments: Sequence[object], cache: Path) -> subprocess.Popen[str]:
     """A Python process on one device; what it compiles is at hand for those after it."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(1),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -63,10 +65,10 @@ def train(place, run: Path, *options: object) -> subprocess.Popen[str]:
     return start(words, run.parent / "compiled")
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What a process that ends well has printed."""
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    """What a process that ends well, or with another status, has printed."""
     out, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, err
+    assert process.returncode == status, err
     return out
 
 
@@ -109,7 +111,7 @@ def test_a_run_that_is_killed_and_terminated_ends_as_if_nothing_had_happened(pla
     process = train(place, broken, "--resume")
     wait_for_saves(process, broken, len(saved_steps(broken)) + 1)
     process.send_signal(signal.SIGTERM)
-    printed = finish(process)
+    printed = finish(process, INTERRUPTED)
     stopped = read_metrics(broken, "train")[-1]["step"]
     assert [record["step"] for record in read_metrics(broken, "start")] == [0, found]
     assert found < stopped < 200
@@ -137,6 +139,7 @@ sys.modules["torch"] = None
 sys.meta_path.insert(0, NoTorch())
 
 from smoa_jax.cli import main
+from tests.processes import xla_flags
 
 base, config, run = sys.argv[1:]
 adapter = ["--model", base, "--adapter", f"{run}/adapter"]

@@ -84,7 +84,7 @@ def test_an_adapter_goes_onto_its_own_base_alone(finished, model, tmp_path, caps
         "evaluate": ["--config", finished.config],
     }[command]
     names = ("--model.path", "--adapter_dir") if command == "evaluate" else ("--model", "--adapter")
-    words = ["an adapter for the base", "expected the base that it was trained on"]
+    words = ["for an adapter of", "expected the base that it was trained on"]
     options = [names[0], model, names[1], finished.adapter]
     check_refused(capsys, [command, *arguments, *options], words, [model, finished.run])
     assert not (tmp_path / "merged").exists()
@@ -92,7 +92,7 @@ def test_an_adapter_goes_onto_its_own_base_alone(finished, model, tmp_path, caps
 
 def test_a_damaged_adapter_or_none_is_refused(finished, capsys):
     generate = ["generate", "--model", finished.base, "--prompt", "sky 1", "--adapter"]
-    check_refused(capsys, [*generate, finished.base], ["no adapter.json", "adapter/"], [])
+    check_refused(capsys, [*generate, finished.base], ["without adapter.json", "adapter/"], [])
     tensors = finished.adapter / "adapter.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
     words = ["adapter.safetensors", "damaged or incomplete", "copy it again"]
@@ -113,7 +113,7 @@ def test_an_export_replaces_a_model_when_told_and_nothing_else(finished, model, 
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
     check_refused(capsys, [*export, mine], ["already exists", "overwrite"], [mine])
-    words = ["holds no config.json", "isn't an exported model"]
+    words = ["without config.json", "isn't an exported model"]
     check_refused(capsys, [*export, mine, *told], words, [mine])
     words = ["would replace", "choose another directory"]
     for output in (model, model / ".", finished.adapter, finished.run):
@@ -164,9 +164,9 @@ COMMANDS = {
         ["inspect", "--model", "BASE", "--partition", "bands"],
         ["partition='bands'", "spectral_bands"],
     ),
-    "evaluate with --adapter": (
-        ["evaluate", "--config", "CONFIG", "--adapter", "ADAPTER"],
-        ["--adapter_dir"],
+    "evaluate without an adapter": (
+        ["evaluate", "--config", "CONFIG"],
+        ["adapter_dir"],
     ),
     "evaluate without held-out rows": (
         ["evaluate", "--config", "CONFIG", "--adapter_dir", "ADAPTER", "--data.eval_rows=0"],

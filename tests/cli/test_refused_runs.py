@@ -200,22 +200,22 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
     "corrupted": (corrupt, ["model.safetensors", "download or copy it again"]),
     "a shape of another config": (
         with_config(intermediate_size=40),
-        ["has shape (48, 32)", "expected (40, 32)"],
+        ["of shape (48, 32)", "expected (40, 32)"],
     ),
     "a missing tensor": (with_tensors(lambda t: t.pop(UP)), [f"missing tensor {UP}"]),
     "a surplus tensor": (
         with_tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.bias": np.zeros(48, "f4")})),
         ["surplus tensor model.layers.1.mlp.up_proj.bias"],
     ),
-    "pickles": (pickle, ["pytorch_model.bin", "refused", "expected safetensors"]),
+    "pickles": (pickle, ["pytorch_model.bin", "when opened", "expected safetensors"]),
     "remote code": (with_config(auto_map={"AutoModel": "m.M"}), ["auto_map", "remote code"]),
-    "another architecture": (with_config(model_type="mamba"), ["model_type is 'mamba'", "llama"]),
+    "another architecture": (with_config(model_type="mamba"), ["model_type 'mamba'", "llama"]),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["without tokenizer.json"]),
     "a broken tokenizer": (
         lambda m: (m / "tokenizer.json").write_text("{"),
         ["cannot read a tokenizer", "download it again"],
     ),
-    "no configuration": (lambda m: (m / "config.json").unlink(), ["no config.json"]),
+    "no configuration": (lambda m: (m / "config.json").unlink(), ["without config.json"]),
     "embeddings of a smaller vocabulary": (
         with_tensors(shorten_vocabulary),
         ["embed_tokens", "(40, 32)", "(288, 32)"],

@@ -20,7 +20,10 @@ PAPER_DATA = Path(
 
 def test_arithmetic_comes_with_batches_questions_and_counts(smollm2):
     config = DataConfig(
-        task=TaskConfig(name="weave", train_rows=50, eval_rows=9), max_length=64, template="plain"
+        source="arithmetic",
+        task=TaskConfig(name="weave", train_rows=50, eval_rows=9),
+        max_length=64,
+        template="plain",
     )
     data = build_data(config, smollm2)
     batch, state = next(data.train_stream(8))
@@ -72,7 +75,9 @@ def test_bad_rows_are_counted_on_both_sides(smollm2, tmp_path):
     many_turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     rows = [{"prompt": "a", "completion": "b"}, {"what": 1}, {"messages": many_turns}]
     path.write_text(json.dumps(rows))
-    config = DataConfig(source="files", train_files=(str(path),), on_bad_row="skip")
+    config = DataConfig(
+        source="files", train_files=(str(path),), on_bad_row="skip", template="alpaca"
+    )
     data = build_data(config, smollm2)
     assert data.counts["read"]["bad_rows"] == 1
     assert data.counts["train"]["bad_rows"] == 1
@@ -81,9 +86,13 @@ def test_bad_rows_are_counted_on_both_sides(smollm2, tmp_path):
 
 def test_packing_and_buckets_are_options(smollm2):
     task = TaskConfig(name="parity", train_rows=60, eval_rows=0)
-    packed = build_data(DataConfig(task=task, pack=True, template="plain"), smollm2)
+    packed = build_data(
+        DataConfig(source="arithmetic", task=task, pack=True, template="plain"), smollm2
+    )
     assert packed.counts["train"]["batch_rows"] == len(packed.train) < 10
-    bucketed = build_data(DataConfig(task=task, buckets=(20, 21, 22, 30)), smollm2)
+    bucketed = build_data(
+        DataConfig(source="arithmetic", task=task, buckets=(20, 21, 22, 30)), smollm2
+    )
     assert set(bucketed.train.plan.buckets) <= {20, 21, 22, 30, 256}
     assert len(bucketed.train) == 60
 
@@ -110,7 +119,10 @@ def test_every_setting_reaches_what_it_is_about(smollm2, tmp_path):
         for seed in (0, 1)
     ]
     assert kept[0] != kept[1]
-    tasks = [DataConfig(task=TaskConfig(seed=seed, train_rows=5, eval_rows=5)) for seed in (0, 1)]
+    tasks = [
+        DataConfig(source="arithmetic", task=TaskConfig(seed=seed, train_rows=5, eval_rows=5))
+        for seed in (0, 1)
+    ]
     drawn = [build_data(task, smollm2).questions.questions for task in tasks]
     assert drawn[0] != drawn[1]
 
@@ -118,14 +130,16 @@ def test_every_setting_reaches_what_it_is_about(smollm2, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "hub"}, "got data.source='hub'; expected one of files"),
+        ({"source": "hub"}, "got data.source='hub'; expected one of auto, files"),
         ({"template": "vicuna"}, "got data.template='vicuna'"),
         ({"on_bad_row": "ignore"}, "got data.on_bad_row='ignore'"),
         ({"max_length": 1}, "got data.max_length=1"),
         ({"seed": -1}, "got data.seed=-1"),
         ({"eval_fraction": 1.0}, "got data.eval_fraction=1.0"),
-        ({"source": "files"}, "without data.train_files"),
-        ({"train_files": ("a.json",)}, "got data files with data.source=arithmetic"),
+        (
+            {"source": "arithmetic", "train_files": ("a.json",)},
+            "got data files with data.source=arithmetic",
+        ),
         (
             {"source": "files", "train_files": ("a",), "eval_rows": 1, "eval_fraction": 0.1},
             "got data.eval_rows and data.eval_fraction",
@@ -142,9 +156,47 @@ def test_contradicting_settings_are_refused(settings, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("source", ["auto", "files"])
+def test_no_task_is_generated_unasked(smollm2, source):
+    with pytest.raises(ValueError, match=r"rows to train on; name data\.train_files"):
+        build_data(DataConfig(source=source), smollm2)
+    with pytest.raises(ValueError, match=r"name data\.train_files or data\.eval_files"):
+        build_data(DataConfig(source=source), smollm2, held_out_only=True)
+    with pytest.raises(ValueError, match=r"rows to train on; name data\.train_files"):
+        build_data(DataConfig(source=source, eval_files=("held-out.jsonl",)), smollm2)
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+ASKED = {"instruction": "a", "output": "b"}
+JOINED = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "template"),
+    [
+        ([ASKED, ASKED], "alpaca"),
+        ([JOINED, JOINED], "plain"),
+        ([JOINED, ASKED], "alpaca"),
+        ([ASKED, CHAT], "chat"),
+    ],
+)
+def test_files_and_their_rows_say_what_auto_means(smollm2, tmp_path, rows, template):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    data = build_data(DataConfig(train_files=(str(path),)), smollm2)
+    assert (data.config.source, data.config.template) == ("files", template)
+    asked = dataclasses.replace(data.config, template="plain")
+    assert build_data(asked, smollm2).config.template == "plain"
+    alone = DataConfig(eval_files=(str(path),))
+    held_out = build_data(alone, smollm2, held_out_only=True)
+    assert held_out.train is None
+    assert held_out.eval is not None
+    assert (held_out.config.template, len(held_out.eval)) == (template, len(rows))
+
+
 def test_a_bad_task_is_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="got arithmetic task 'nope'"):
-        DataConfig(task=TaskConfig(name="nope"))
+        DataConfig(source="arithmetic", task=TaskConfig(name="nope"))
     with pytest.raises(ValueError, match="got train_rows=0"):
         TaskConfig(train_rows=0)
 

@@ -208,7 +208,9 @@ def test_generated_rows_are_refused_by_the_settings_of_their_task(make_tokenizer
 
     def data(**task):
         rows = TaskConfig(name="parity", digits=1, terms=5, train_rows=12, eval_rows=4)
-        config = DataConfig(task=dataclasses.replace(rows, **task), template="plain")
+        config = DataConfig(
+            source="arithmetic", task=dataclasses.replace(rows, **task), template="plain"
+        )
         return build_data(config, tokenizer).train_stream(4)
 
     state = some_state(data())

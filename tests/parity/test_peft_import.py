@@ -184,4 +184,4 @@ def test_smoa_import_writes_an_adapter_that_the_other_commands_take(checkpoint, 
     assert "already exists" in capsys.readouterr().err
     elsewhere = f"--output={tmp_path / 'elsewhere'}"
     assert main(["import", paths[0], f"--peft={checkpoint}", elsewhere]) == 2
-    assert "no adapter_config.json" in capsys.readouterr().err
+    assert "without adapter_config.json" in capsys.readouterr().err

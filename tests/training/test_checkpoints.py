@@ -207,7 +207,7 @@ def test_bad_calls_say_what_to_do(tmp_path):
             checkpoints.restore(1, abstract(SMALL))
     with pytest.raises(ValueError, match="keep_last=0"):
         TrainingCheckpoints(tmp_path, identity=IDENTITY, keep_last=0)
-    with pytest.raises(CheckpointError, match="no such directory"):
+    with pytest.raises(CheckpointError, match="what is no directory"):
         TrainingCheckpoints(tmp_path / "absent", identity=IDENTITY, read_only=True)
 
 

@@ -91,7 +91,7 @@ def run_config(base: Path, output: Path, **changes: Any) -> RunConfig:
             "batch_size": 8,
             "loss_chunk": 10,
         },
-        "data": {"max_length": 24, "template": "plain", "task": TASK},
+        "data": {"max_length": 24, "source": "arithmetic", "template": "plain", "task": TASK},
         "adapter": {"rank": 4, "num_subspaces": 2},
         "optimizer": {"learning_rate": 3e-2, "warmup_steps": 2},
         "mesh": {},
