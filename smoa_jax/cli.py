@@ -16,25 +16,19 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-
-from smoa_jax.checkpoint.native.directory import read_adapter
 from smoa_jax.checks import require
-from smoa_jax.commands.evaluate import evaluate
-from smoa_jax.commands.export import export
-from smoa_jax.commands.generate import generate
-from smoa_jax.commands.import_adapter import import_adapter
-from smoa_jax.commands.inspect import inspect
-from smoa_jax.commands.train import preview_rows, train
-from smoa_jax.data.rows import BadRowError
-from smoa_jax.training.config import RunConfig
-from smoa_jax.training.saved_adapter import run_settings
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from smoa_jax.training.config import RunConfig
 
 _DESCRIPTIONS = {
     "train": "Fine-tune a model with an adapter, as a configuration file says.",
@@ -88,11 +82,16 @@ def _run(command: str, arguments: list[str]) -> int:
         return _COMMANDS[command](arguments)
     except SystemExit as done:  # --help and --print_config, once they have printed
         return int(done.code or 0)
-    except BadRowError as error:
-        remedy = "mend the row, or set data.on_bad_row=skip to leave such rows out and count them"
-        return _fail(f"{error}; {remedy}")
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("smoa_jax"):
+            return _fail(str(error))
+        return _fail(
+            f"got no module {error.name}; expected the extra 'train', which the command line "
+            "needs; pip install 'smoa-jax[train]'"
+        )
     except (ValueError, OSError, ImportError) as error:
-        return _fail(str(error))
+        remedy = getattr(error, "remedy", "")
+        return _fail(f"{error}; {remedy}" if remedy else str(error))
     except KeyboardInterrupt:
         stands = "; --resume goes on from the last checkpoint, or from the start if there is none"
         return _fail("interrupted" + (stands if command == "train" else ""), 130)
@@ -106,6 +105,7 @@ def _fail(message: str, status: int = 2) -> int:
 
 def _quieten_libraries() -> None:
     """Keep what libraries say of themselves out of a run's output; warnings stay."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for name in ("absl", "orbax", "jax._src.xla_bridge", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -114,6 +114,8 @@ def _quieten_libraries() -> None:
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    from jsonargparse import ArgumentError
+
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
         raise SystemExit(0)
@@ -165,6 +167,10 @@ def _hint(message: str, known: Sequence[str]) -> str:
 
 
 def _run_parser(command: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    from smoa_jax.training.config import RunConfig
+
     parser = ArgumentParser(
         prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
     )
@@ -174,12 +180,16 @@ def _run_parser(command: str) -> ArgumentParser:
 
 
 def _run_config(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
+    from smoa_jax.training.config import RunConfig
+
     made = parser.instantiate(parsed)
     names = RunConfig.__dataclass_fields__
     return RunConfig(**{name: made[name] for name in names})
 
 
 def _train(arguments: list[str]) -> int:
+    from smoa_jax.commands.train import preview_rows, train
+
     parser = _run_parser("train")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
@@ -199,6 +209,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
+    from smoa_jax.commands.evaluate import evaluate
+
     # The section adapter of a run's configuration has no say here, so the word names a directory;
     # adapter_dir is what it was called before.
     words = [re.sub(r"^--adapter(?=$|=)", "--adapter_dir", word) for word in arguments]
@@ -216,6 +228,9 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
     """What need not be given to evaluate an adapter: its run's configuration, or its own words."""
+    from smoa_jax.checkpoint.native.directory import read_adapter
+    from smoa_jax.training.saved_adapter import run_settings
+
     given = re.search(r"(?:^|\0)--adapter_dir(?:=|\0)([^\0]*)", "\0".join(words))
     if given is None:
         return {}
@@ -242,6 +257,8 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _generate(arguments: list[str]) -> int:
+    from smoa_jax.commands.generate import generate
+
     parser = _function_parser("generate", generate, skip={"prompt"})
     parser.add_argument(
         "--prompt",
@@ -271,19 +288,28 @@ def _lines(path: str) -> list[str]:
     return [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
 
 
-def _writing(command: str, function: Callable[..., int]) -> Callable[[list[str]], int]:
-    """A command that writes a directory, with ``--overwrite`` as a plain flag."""
+def _export(arguments: list[str]) -> int:
+    from smoa_jax.commands.export import export
 
-    def run(arguments: list[str]) -> int:
-        parser = _function_parser(command, function, skip={"overwrite"})
-        parser.add_argument("--overwrite", action="store_true", help="replace what output holds")
-        options: Any = _parse(parser, arguments)
-        return function(**options.as_dict())
+    return _write("export", export, arguments)
 
-    return run
+
+def _import(arguments: list[str]) -> int:
+    from smoa_jax.commands.import_adapter import import_adapter
+
+    return _write("import", import_adapter, arguments)
+
+
+def _write(command: str, function: Callable[..., int], arguments: list[str]) -> int:
+    """Run a command that writes a directory, with ``--overwrite`` as a plain flag."""
+    parser = _function_parser(command, function, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="replace what output holds")
+    return function(**_parse(parser, arguments).as_dict())
 
 
 def _inspect(arguments: list[str]) -> int:
+    from smoa_jax.commands.inspect import inspect
+
     parser = _function_parser("inspect", inspect, skip=set())
     return inspect(**_parse(parser, arguments).as_dict())
 
@@ -292,6 +318,8 @@ def _function_parser(
     command: str, function: Callable[..., int], *, skip: set[str | int]
 ) -> ArgumentParser:
     """A parser whose options are the keyword arguments of a command, but those in ``skip``."""
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(
         prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
     )
@@ -314,8 +342,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
-    "export": _writing("export", export),
-    "import": _writing("import", import_adapter),
+    "export": _export,
+    "import": _import,
     "inspect": _inspect,
 }
 

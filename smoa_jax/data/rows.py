@@ -58,6 +58,9 @@ AnyRow: TypeAlias = Row | Conversation
 class BadRowError(ValueError):
     """A row that cannot be used; its message names the row."""
 
+    #: For who runs a command.
+    remedy = "mend the row, or set data.on_bad_row=skip to leave such rows out and count them"
+
 
 def question_of(row: AnyRow) -> str:
     """The text that identifies a row's question: two rows with the same one are duplicates."""

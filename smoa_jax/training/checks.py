@@ -78,6 +78,13 @@ def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
     check_batch(loaded.mesh, eval_batch_size(config), "train.eval_batch_size")
     largest = max(int(rows.examples.tokens.max()) for rows in (data.train, data.eval) if rows)
     check_vocabulary(largest, loaded.base.config.vocab_size, config.model.path)
+    require(
+        data.eval is not None or not config.train.patience,
+        f"train.patience={config.train.patience} without held-out rows",
+        "some",
+        "set data.eval_rows or data.eval_files, or leave patience out",
+        error=RunError,
+    )
     settings = config.evaluation
     check_questions(data.questions, settings.rows, settings.answer, settings.task)
     _check_positions(config, loaded.base.config.max_positions, data)

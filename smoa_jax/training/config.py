@@ -147,6 +147,8 @@ class TrainConfig:
         accumulate: Parts that a batch is computed in, one after the other.
         seed: Of the initial draw and of dropout.
         eval_every: Steps between evaluations on held-out rows; 0: only at the end.
+        patience: Evaluations (of ``eval_every``) without a lower held-out loss after which the run
+            ends; 0: never.
         eval_batch_size: Rows of an evaluation batch; 0: ``batch_size / accumulate``.
         save_every: Steps between checkpoints; 0: only at the end.
         keep_last: Newest checkpoints to keep.
@@ -163,6 +165,7 @@ class TrainConfig:
     accumulate: int = 1
     seed: int = 0
     eval_every: int = 0
+    patience: int = 0
     eval_batch_size: int = 0
     save_every: int = 0
     keep_last: int = 2
@@ -179,12 +182,19 @@ class TrainConfig:
             "steps",
             "seed",
             "eval_every",
+            "patience",
             "eval_batch_size",
             "save_every",
             "keep_best",
             "max_skipped",
         ):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}", "0 or more")
+        require(
+            not self.patience or self.eval_every > 0,
+            f"train.patience={self.patience} without evaluations",
+            "train.eval_every above 0",
+            "set it, or leave patience out",
+        )
         require(
             self.steps != 0 or self.epochs > 0,
             "train.steps=0 and no epochs",

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from smoa_jax.adapter.types import Params
@@ -108,20 +109,28 @@ class RunDirectory(contextlib.AbstractContextManager):
             self.write_config(config)
 
     def write_config(self, config: RunConfig) -> None:
-        """The resolved configuration, as YAML (JSON is YAML), to run again."""
+        """The resolved configuration, as YAML, to run again."""
         if not is_first():
             return
         draft = self.path / f".{_CONFIG}.draft"
-        draft.write_text(_as_json(config) + "\n", encoding="utf-8")
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=100)
+        draft.write_text(text, encoding="utf-8")
         draft.replace(self.config_file)
+
+    def settings(self) -> dict[str, Any]:
+        """What ``config.yaml`` holds; {} if it can't be read or somebody wrote another there."""
+        try:
+            found = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def changed_settings(self, config: RunConfig) -> list[str]:
         """Settings that differ from those written here, as "name: was, is"; [] if unreadable."""
-        try:
-            before = dict(_flat(json.loads(self.config_file.read_text(encoding="utf-8"))))
-        except (OSError, ValueError):
+        written = self.settings()
+        if not isinstance(written.get("train"), dict):
             return []
-        now = dict(_flat(json.loads(_as_json(config))))
+        before, now = dict(_flat(written)), dict(_flat(_plain(config)))
         return [
             f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
             for name in sorted({*before, *now})
@@ -174,8 +183,9 @@ def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _as_json(config: RunConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2, default=list)
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """A configuration of lists, dicts, texts and numbers alone."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=list))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

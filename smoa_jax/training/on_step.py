@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ class BetweenSteps:
     Attributes:
         step: The last step taken.
         eval_loss: Held-out loss after it, or NaN where it was not measured.
+        finished: Whether there is nothing left to train: all steps are taken, or patience ran out.
 
     Args:
         settings: Of the loop.
@@ -44,6 +45,7 @@ class BetweenSteps:
         evaluate: (state, step) -> held-out loss.
         save: (step, state, position in the data, held-out loss or NaN).
         stopping: Set when the run shall save and stop.
+        losses: Held-out losses of the evaluations before ``start``, for patience.
         also: Called after every step; False asks for the same.
         clock: Of the steps.
     """
@@ -60,6 +62,7 @@ class BetweenSteps:
         evaluate: Callable[[State, int], float],
         save: Callable[[int, State, dict[str, Any], float], None],
         stopping: threading.Event,
+        losses: Sequence[float] = (),
         also: OnStep | None = None,
         clock: CompletionClock | None = None,
     ):
@@ -67,6 +70,7 @@ class BetweenSteps:
         self._settings, self._steps, self._schedule = settings, steps, schedule
         self._writer, self._report_line = writer, report
         self._evaluate, self._save, self._stopping, self._also = evaluate, save, stopping, also
+        self._losses = list(losses)
         self._unread: tuple[int, Metrics, bool] | None = None
         self._clock = clock or CompletionClock()
         self._start_clock()
@@ -79,19 +83,29 @@ class BetweenSteps:
         self._unread = (taken.step, taken.metrics, compiled)
         self.step, self.eval_loss = taken.step, math.nan
         evaluates = last or _is_due(self._settings.eval_every, taken.step)
-        saves = last or stop or _is_due(self._settings.save_every, taken.step)
-        if evaluates or saves:
+        due = last or stop or _is_due(self._settings.save_every, taken.step)
+        if evaluates or due:
             self._read()
         if evaluates:
             self.eval_loss = self._evaluate(taken.state, taken.step)
+            self._losses.append(self.eval_loss)
             if not last and math.isfinite(self.eval_loss):
                 self._report_line.say(f"step {taken.step}: held-out loss {self.eval_loss:.4f}")
-        if saves:
+        if due or self.finished:
             self._save(taken.step, taken.state, taken.position, self.eval_loss)
-        if evaluates or saves:
+        if evaluates or due:
             self._start_clock()
         self._compiled = compilations()
-        return not stop
+        if self.finished and not last:
+            self._report_line.say(
+                f"no lower held-out loss in {self._settings.patience} evaluations: the run ends at "
+                f"step {taken.step}; --checkpoint best takes the adapter of the lowest"
+            )
+        return not (stop or self.finished)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self._steps or out_of_patience(self._losses, self._settings.patience)
 
     def _start_clock(self) -> None:
         self._clock.restart()
@@ -131,6 +145,13 @@ class BetweenSteps:
             "lower optimizer.learning_rate, or look at the data",
             error=RunError,
         )
+
+
+def out_of_patience(losses: Sequence[float], patience: int) -> bool:
+    """Whether the last ``patience`` losses all are no lower than the lowest before them."""
+    if not patience or len(losses) <= patience:
+        return False
+    return not min(losses[-patience:]) < min(losses[:-patience])
 
 
 def _is_due(every: int, step: int) -> bool:

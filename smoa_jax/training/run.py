@@ -257,18 +257,20 @@ class _Run:
                     evaluate=self._evaluate,
                     save=self._save,
                     stopping=stopping,
+                    losses=self._earlier_losses(start),
                     also=self._on_step,
                 )
-                state = train(
-                    self._programs.take_step,
-                    state,
-                    stream,
-                    start=start,
-                    steps=steps,
-                    on_step=between,
-                )
+                if not between.finished:
+                    state = train(
+                        self._programs.take_step,
+                        state,
+                        stream,
+                        start=start,
+                        steps=steps,
+                        on_step=between,
+                    )
                 self._begun.checkpoints.wait()
-                if between.step < steps:
+                if not between.finished:
                     report.say(
                         f"stopped at step {between.step}, saved; --resume goes on from there"
                     )
@@ -278,9 +280,9 @@ class _Run:
         self, state: State, between: BetweenSteps, before: tuple[float, float], started: float
     ) -> Summary:
         """The adapter first, since it is what a user would miss; then answers and a summary."""
-        step, steps = between.step, self._prepared.steps
+        step = between.step
         after, adapter = (math.nan, math.nan), ""
-        if step >= steps:
+        if between.finished:
             params, directory = self._programs.params(state), self._prepared.directory
             directory.write_adapter(
                 whole_adapter(params), self._config, self._prepared.loaded.base.fingerprint
@@ -291,7 +293,7 @@ class _Run:
             after = (loss, self._accuracy(params, "after", step))
         base = strip_smoa(self._programs.params(state))
         summary = Summary(
-            finished=step >= steps,
+            finished=between.finished,
             steps=step,
             skipped=int(state["skipped"]),
             trainable=count_trainable(base, self._config.adapter),
@@ -308,6 +310,12 @@ class _Run:
             self._prepared.directory.write_summary(dataclasses.asdict(summary))
             self._writer.write("finished", step, jsonable(dataclasses.asdict(summary)))
         return summary
+
+    def _earlier_losses(self, start: int) -> list[float]:
+        """Held-out losses up to a step, each step's once, though it may have been taken again."""
+        records = read_metrics(self._prepared.directory.path, "eval") if start else []
+        losses = {record["step"]: _number(record["eval_loss"]) for record in records}
+        return [loss for step, loss in sorted(losses.items()) if step <= start]
 
     def _before(self, state: State) -> tuple[float, float]:
         """Loss and accuracy of the base; a resumed run takes them from its own record."""

@@ -7,7 +7,6 @@ checkpoint is written to a temporary place, so that every reader of adapters is 
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +68,7 @@ def write_checkpoint_adapter(
     """
     with TrainingCheckpoints(run.checkpoints, identity=None, read_only=True) as checkpoints:
         identity, _, leaves = checkpoints.read_adapter(_step(checkpoints, checkpoint))
-    settings = json.loads(run.config_file.read_text(encoding="utf-8"))
+    settings = run.settings()
     config = SmoaConfig(**identity.adapter_config)
     base = abstract_base(model)
     return save_adapter(
@@ -85,12 +84,7 @@ def write_checkpoint_adapter(
 def run_settings(path: str | Path) -> dict[str, Any]:
     """The configuration of the run that a directory, or the one around it, holds; {} if none."""
     run = _run_of(Path(path).expanduser())
-    if run is None:
-        return {}
-    try:
-        return json.loads(run.config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a file that somebody wrote there in YAML of their own
-        return {}
+    return {} if run is None else run.settings()
 
 
 def _run_of(path: Path) -> RunDirectory | None:

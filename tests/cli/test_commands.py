@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
@@ -147,7 +148,7 @@ def test_resuming_with_other_settings_says_so_and_writes_them_down(finished, cap
     text = shown(capsys, ["train", *words, "--optimizer.learning_rate", 0.05]).out
     assert "resuming with another setting, optimizer.learning_rate: 0.1 before, 0.05 now" in text
     assert "train.steps" not in text
-    assert json.loads(finished.config.read_text())["optimizer"]["learning_rate"] == 0.05
+    assert yaml.safe_load(finished.config.read_text())["optimizer"]["learning_rate"] == 0.05
     assert numbers_of(text, "accuracy on 8 held-out rows") == ["0.0%", "100.0%"]
 
 

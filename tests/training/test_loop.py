@@ -68,13 +68,15 @@ def batches():
         yield None, {"rows": position}
 
 
-def between_steps(device, steps, *, start=0, also=None, stopping=None, **settings):
+def between_steps(
+    device, steps, *, start=0, also=None, stopping=None, scores=None, losses=(), **settings
+):
     """A run's ``on_step`` over a simulated device, with everything it wrote and saved."""
     writer, saved = Writer(), []
 
     def evaluate(state, step):
         device.work(EVALUATION_S)
-        return 1.0 / step
+        return 1.0 / step if scores is None else scores[step]
 
     def save(step, state, position, loss):
         device.work(SAVE_S)
@@ -91,6 +93,7 @@ def between_steps(device, steps, *, start=0, also=None, stopping=None, **setting
         save=save,
         stopping=stopping or threading.Event(),
         also=also,
+        losses=losses,
         clock=CompletionClock(lambda: device.now),
     )
     return on_step, writer, saved
@@ -187,6 +190,36 @@ def test_a_signal_asks_the_run_to_save_and_stop(number):
         assert train(device.take_step, 0, batches(), start=0, steps=9, on_step=on_step) == 2
     assert [step for step, *_ in saved] == [2]
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("scores", "ends"),
+    [
+        ([5, 4, 4.5, 4.2, 3], 8),  # steps 2, 4, 6, 8: two in a row are no lower than 4
+        ([5, 4, 4.5, 3, 3.5, 3], 12),  # an equal one is no lower
+        ([5, 4, 3, 2, 1, 0.5], 12),  # all steps are taken
+    ],
+)
+def test_a_run_ends_when_its_patience_does(scores, ends):
+    device = Device()
+    by_step = {2 * (n + 1): score for n, score in enumerate(scores)}
+    on_step, _, saved = between_steps(
+        device, 12, scores=by_step, eval_every=2, patience=2, save_every=5
+    )
+    last = train(device.take_step, 0, batches(), start=0, steps=12, on_step=on_step)
+    assert (last, on_step.step, on_step.finished) == (ends, ends, True)
+    assert saved[-1][0] == ends
+    assert saved[-1][3] == by_step[ends]
+    # A run that goes on remembers what its evaluations have found.
+    begun, _, _ = between_steps(
+        device, 12, start=4, losses=scores[:2], scores=by_step, eval_every=2, patience=2
+    )
+    assert not begun.finished
+    assert train(device.take_step, 4, batches(), start=4, steps=12, on_step=begun) == ends
+    over, _, _ = between_steps(
+        device, 99, start=ends, losses=scores[: ends // 2], eval_every=2, patience=2
+    )
+    assert over.finished is (ends < 12 or scores[-1] == 3)
 
 
 def test_the_second_interruption_aborts():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from smoa_jax.checkpoint.errors import CheckpointError
@@ -117,4 +116,4 @@ def test_an_interrupted_run_gives_its_last_checkpoint_and_no_adapter(
     with adapter_directory(output, "last", str(base_dir)) as directory:
         description = read_adapter(directory)
     assert (description.template, description.base_name) == ("plain", str(base_dir))
-    assert json.loads((output / "config.yaml").read_text())["train"]["steps"] == 4
+    assert yaml.safe_load((output / "config.yaml").read_text())["train"]["steps"] == 4
