@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from rich.table import Table
 from smoa_jax.adapter.merge import MergeLoss
 from smoa_jax.checkpoint.assemble import assemble
 from smoa_jax.checkpoint.base import StoredBase, open_base
+from smoa_jax.checkpoint.card import CARD_FILE, model_card
 from smoa_jax.checkpoint.directories import check_target
 from smoa_jax.checkpoint.export import orbax as orbax_export
 from smoa_jax.checkpoint.export.huggingface import export_stored
@@ -29,6 +32,9 @@ from smoa_jax.data.tokenizer import SpecialIds, load_tokenizer, special_ids
 from smoa_jax.training.model import spectra_cache
 from smoa_jax.training.saved_adapter import adapter_directory
 
+#: Of the size of a kernel's update: what rounding a merged model may disturb unasked.
+LARGEST_ROUNDING = 0.05
+
 
 def export(
     *,
@@ -37,7 +43,8 @@ def export(
     output: str,
     checkpoint: str = "",
     format: Literal["huggingface", "orbax", "peft"] = "huggingface",
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    base_name: str = "",
     max_shard_bytes: int = 5 * 2**30,
     spectra_cache_dir: str = "auto",
     overwrite: bool = False,
@@ -53,7 +60,9 @@ def export(
         checkpoint: best, last or a step's number, of the run that adapter names or lies in; empty:
             the adapter as it stands.
         format: huggingface, orbax: a merged model; peft: an adapter for PEFT.
-        dtype: Of the merged weights; the merge itself is in float32.
+        dtype: Of the merged weights; the merge itself is in float32. auto: bfloat16 if the base is
+            stored in it and rounding loses at most 5 % of any kernel's update, else float32.
+        base_name: What a PEFT adapter calls its base, such as its name on the hub; empty: model.
         max_shard_bytes: Largest file of a merged Hugging Face model.
         spectra_cache_dir: Where spectral bands are kept: auto, off or a directory.
         overwrite: Replace what output holds.
@@ -74,24 +83,55 @@ def export(
             params,
             config,
             output,
-            base_model_name=str(Path(model)),
+            base_model_name=base_name or str(Path(model)),
             hf_module_name=module_naming(base.hf_config),
             overwrite=overwrite,
         )
         console.print(f"PEFT adapter: {output}", soft_wrap=True, markup=False)
         return 0
-    reader = MergedReader(
-        base,
-        params,
-        config,
-        rounded_to=dtype,
-        cache_dir=spectra_cache(spectra_cache_dir),
-    )
+
+    def merged(rounded_to: str) -> MergedReader:
+        cache_dir = spectra_cache(spectra_cache_dir)
+        return MergedReader(base, params, config, rounded_to=rounded_to, cache_dir=cache_dir)
+
+    chosen = _dtype(base, merged) if dtype == "auto" else dtype
+    count = sum(math.prod(slot.shape) for slot in base.slots.values())
+    size = count * jnp.dtype(chosen).itemsize / 2**30
+    console.print(f"writing {count:,} parameters in {chosen}, {size:.2f} GiB", soft_wrap=True)
+    reader = merged(chosen)
     write = _write_huggingface if format == "huggingface" else _write_orbax
-    write(reader, base, output, jnp.dtype(dtype), max_shard_bytes, overwrite)
-    _show_rounding(reader.report(), dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        card = Path(folder) / CARD_FILE
+        text = model_card(format, config, base_name=base_name or str(Path(model)))
+        card.write_text(text, encoding="utf-8")
+        beside = _beside_weights(base) | {"tokenizer_files": [card]}
+        write(reader, base, output, jnp.dtype(chosen), max_shard_bytes, overwrite, beside)
+    _show_rounding(reader.report(), chosen)
     console.print(f"merged model: {output}", soft_wrap=True, markup=False)
     return 0
+
+
+def _dtype(base: StoredBase, merged: Callable[[str], MergedReader]) -> str:
+    """The base's own, unless rounding to it would lose more than a little of an update."""
+    stored = {tensor.dtype for tensor in base.reader.tensors.values()}
+    if stored != {"BF16"}:
+        return "float32"
+    reader = merged("bfloat16")
+    worst, name = 0.0, ""
+    for slot in base.slots.values():
+        if slot.path in reader.adapted:
+            reader.read(slot.name, tuple(slice(0, size) for size in slot.shape))
+    for kernel, loss in reader.report().items():
+        worst, name = max((worst, name), (loss.relative, kernel))
+    if worst <= LARGEST_ROUNDING:
+        return "bfloat16"
+    console.print(
+        f"dtype float32: rounding to the base's bfloat16 would disturb the update of {name} by "
+        f"{worst:.0%} of its size, and {LARGEST_ROUNDING:.0%} is allowed; --dtype bfloat16 does so",
+        soft_wrap=True,
+        markup=False,
+    )
+    return "float32"
 
 
 def _write_huggingface(
@@ -101,6 +141,7 @@ def _write_huggingface(
     dtype: Any,
     max_shard_bytes: int,
     overwrite: bool,
+    beside: dict[str, Any],
 ) -> None:
     export_stored(
         reader,
@@ -111,12 +152,18 @@ def _write_huggingface(
         max_shard_bytes=max_shard_bytes,
         multimodal_source=base.source if is_multimodal(base.hf_config) else None,
         overwrite=overwrite,
-        **_beside_weights(base),
+        **beside,
     )
 
 
 def _write_orbax(
-    reader: MergedReader, base: StoredBase, output: str, dtype: Any, _: int, overwrite: bool
+    reader: MergedReader,
+    base: StoredBase,
+    output: str,
+    dtype: Any,
+    _: int,
+    overwrite: bool,
+    beside: dict[str, Any],
 ) -> None:
     """Orbax writes whole arrays, so the merged model is put together once, on the host."""
     rounded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), base.params)
@@ -128,7 +175,7 @@ def _write_orbax(
             output,
             dtype=dtype,
             overwrite=overwrite,
-            **_beside_weights(base),
+            **beside,
         )
 
 
@@ -151,7 +198,7 @@ def _show_rounding(report: Mapping[str, MergeLoss], dtype: str) -> None:
         table.add_row(name, f"{loss.relative:.2%}", f"{loss.kept:.2%}")
     console.print(table)
     worst = max(loss.relative for loss in report.values())
-    if worst > 0.05:
+    if worst > LARGEST_ROUNDING:
         console.print(
             f"warning: rounding to {dtype} disturbs an update by {worst:.0%} of its size; "
             "--dtype float32 keeps it, or serve the adapter unmerged",

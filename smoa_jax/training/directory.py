@@ -152,7 +152,13 @@ class RunDirectory(contextlib.AbstractContextManager):
         ]
         self._write(f"answers_{which}.jsonl", "\n".join(lines))
 
-    def write_adapter(self, params: Params, config: RunConfig, base_fingerprint: str) -> None:
+    def write_adapter(
+        self,
+        params: Params,
+        config: RunConfig,
+        base_fingerprint: str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """The adapter of ``params``, in the place of an earlier one; all processes call it."""
         with together():
             if is_first():
@@ -163,6 +169,7 @@ class RunDirectory(contextlib.AbstractContextManager):
                     base_fingerprint=base_fingerprint,
                     base_name=str(config.model.path),
                     template=config.data.template,
+                    facts=facts,
                     overwrite=True,
                 )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.fused_attention import SplashAttention
@@ -30,14 +31,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_kinds() -> dict[str, int]:
-    """How many devices of each kind the whole run has."""
-    return dict(Counter(f"{device.device_kind} ({device.platform})" for device in jax.devices()))
+def device_kinds(mesh: Mesh) -> dict[str, int]:
+    """How many devices of each kind a mesh has."""
+    devices = mesh.devices.flat
+    return dict(Counter(f"{device.device_kind} ({device.platform})" for device in devices))
 
 
 def describe_environment(loaded: LoadedModel) -> str:
     """One line on devices, mesh, dtypes, attention and JAX."""
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in device_kinds().items())
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in device_kinds(loaded.mesh).items())
     mesh = " x ".join(f"{name} {size}" for name, size in loaded.mesh.shape.items())
     weights = jax.tree.leaves(loaded.base.params)[0].dtype
     activations = jnp.dtype(loaded.model.dtype)

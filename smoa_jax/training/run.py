@@ -10,6 +10,7 @@ import dataclasses
 import math
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -285,7 +286,10 @@ class _Run:
         if between.finished:
             params, directory = self._programs.params(state), self._prepared.directory
             directory.write_adapter(
-                whole_adapter(params), self._config, self._prepared.loaded.base.fingerprint
+                whole_adapter(params),
+                self._config,
+                self._prepared.loaded.base.fingerprint,
+                _facts(self._prepared, step, before[0], between.eval_loss),
             )
             adapter = str(directory.adapter)
             loss = between.eval_loss
@@ -366,6 +370,22 @@ class _Run:
         self._writer.write(f"accuracy_{which}", step, values | {"unanswered": score.unanswered})
         self._prepared.directory.write_answers(which, self._data.questions, answers)
         return score.accuracy
+
+
+def _facts(prepared: Prepared, step: int, before: float, after: float) -> dict[str, Any]:
+    """What the README of an adapter says of its training."""
+    config, data = prepared.config, prepared.data
+    files = [Path(name).name for name in config.data.train_files]
+    facts: dict[str, Any] = {
+        "data": f"{describe_data(data).removeprefix('data: ')} ({', '.join(files) or 'generated'})",
+        "steps": f"{step} of {config.train.batch_size} rows of at most {config.data.max_length} "
+        "tokens",
+        "learning rate": config.learning_rate,
+        "seed": config.train.seed,
+    }
+    if math.isfinite(after):
+        facts["held-out loss"] = f"{after:.4f} (the base alone: {before:.4f})"
+    return facts
 
 
 def _number(value: Any) -> float:

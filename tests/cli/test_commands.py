@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -14,9 +15,13 @@ import numpy as np
 import pytest
 import yaml
 
+from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.tree import apply_smoa
 from smoa_jax.checkpoint.base import load_base
+from smoa_jax.checkpoint.export.huggingface import export_huggingface
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
 from smoa_jax.cli import main
+from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.models.decoder import Decoder
 from tests.cli.tiny import COLOURS, refusal, write_rows
 
@@ -88,6 +93,12 @@ def test_training_shows_its_data_and_its_table_and_what_comes_next(trained):
     # Two kernels in 2 layers, rank 8 in two blocks: half of (inputs + outputs) * 8 each.
     trained_parameters = 2 * sum((i + o) * 4 for i, o in [(32, 64), (48, 32)])
     assert f"{trained_parameters:,} (" in text
+    assert "row 0: " in text  # one row as the model sees it, and what it is computed on
+    assert re.search(r"device: 1 x .*attention xla; jax \d", text)
+    card = (trained.adapter / "README.md").read_text()
+    assert f"| trained parameters | {trained_parameters:,} |" in card
+    assert f"held-out loss | {summary['loss_after']:.4f}" in card
+    assert "rows.jsonl" in card
     assert f"smoa export --model {trained.base} --adapter {trained.adapter}" in text
 
 
@@ -329,6 +340,49 @@ def test_a_bf16_export_reports_its_rounding_and_warns_of_a_gentle_adapter(
         written = json.loads((output / "config.json").read_text())
         assert "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
     assert losses[0] > 50 > 5 > losses[1]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1e-3, "float32"), (3.0, "bfloat16")])
+def test_a_merged_model_is_in_the_bases_own_dtype_unless_that_loses_the_update(
+    base, capsys, tmp_path, size, dtype
+):
+    own = load_base(base)
+    model = export_huggingface(
+        own.params,
+        own.config,
+        tmp_path / "base",
+        dtype=jnp.bfloat16,
+        hf_config=own.hf_config,
+        tokenizer=load_tokenizer(base),
+    )
+    stored = load_base(model)
+    config = SmoaConfig(rank=4, num_subspaces=2, target_modules=["q_proj"])
+    params = apply_smoa(stored.params, config, jax.random.key(0))
+    node = params["layers"]["self_attn"]["q_proj"]["smoa"]
+    params["layers"]["self_attn"]["q_proj"]["smoa"] = dataclasses.replace(node, b=node.b + size)
+    known = {"base_fingerprint": stored.fingerprint, "base_name": "organisation/tiny"}
+    adapter = save_adapter(params, config, tmp_path / "adapter", **known)
+    words = ["export", "--model", model, "--adapter", adapter, "--output"]
+    text = shown(capsys, [*words, tmp_path / "merged"]).out
+    count = sum(leaf.size for leaf in jax.tree.leaves(own.params))
+    assert f"writing {count:,} parameters in {dtype}, " in text
+    assert ("would disturb the update of layers.self_attn.q_proj" in text) == (dtype == "float32")
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert dtype in (written.get("dtype"), written.get("torch_dtype"))
+    # A card beside each says what it is and how to open it.
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "SMoA, spectral blocks" in card
+    name = ["--format", "peft", "--base_name", "organisation/tiny"]
+    shown(capsys, [*words, tmp_path / "peft", *name])
+    config_file = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config_file["base_model_name_or_path"] == "organisation/tiny"
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]) == {
+        "tags": ["smoa", "jax", "peft"],
+        "base_model": "organisation/tiny",
+        "library_name": "peft",
+    }
 
 
 def test_an_adapter_that_goes_to_peft_and_back_answers_the_same(trained, capsys, tmp_path):

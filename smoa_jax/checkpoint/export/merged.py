@@ -93,6 +93,11 @@ class MergedReader:
         self._sums[found] = self._sums.get(found, np.zeros(3)) + sums
         return (merged.T if slot.transpose else merged)[index]
 
+    @property
+    def adapted(self) -> set[TreePath]:
+        """Paths of the kernels that the adapter changes."""
+        return set(self._modulations)
+
     def ends(self, name: str, size: int) -> tuple[bytes, bytes]:
         """The ends of the base's own tensor."""
         return self._base.reader.ends(name, size)

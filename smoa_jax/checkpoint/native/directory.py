@@ -3,6 +3,7 @@
     adapter.safetensors   layers/self_attn/q_proj/a, .../b, .../in_block, ...  as in the tree
     adapter.json          format version, adapter config, base fingerprint and name, prompt
                           template, counts, SHA-256 of the other file
+    README.md             for people; nothing reads it
 
 Tensors are stored as the tree holds them, padding included, so that they come back bit for bit.
 Block ids are whole numbers in the file. Spectral bands are not stored but recomputed from the base
@@ -16,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.planning.spectra import Progress
 from smoa_jax.adapter.tree import count_trainable, strip_smoa
 from smoa_jax.adapter.types import Params
+from smoa_jax.checkpoint.card import CARD_FILE, model_card
 from smoa_jax.checkpoint.directories import put_back, replaced_directory
 from smoa_jax.checkpoint.errors import CheckpointError, as_checkpoint_error, refuse, require
 from smoa_jax.checkpoint.native.leaves import (
@@ -77,6 +80,7 @@ def save_adapter(
     base_fingerprint: str,
     base_name: str,
     template: str = "",
+    facts: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter, without its base.
@@ -92,6 +96,7 @@ def save_adapter(
             ``smoa_jax.adapter.fingerprint`` for a base that came from no file.
         base_name: For people; not checked.
         template: Name of the prompt template of its training, for who generates with it.
+        facts: For its README, by name: data, settings, losses.
         overwrite: Replace an adapter; any other occupied directory is refused still.
 
     Returns:
@@ -123,6 +128,9 @@ def save_adapter(
         (draft / TENSORS_FILE).write_bytes(content)
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (draft / ADAPTER_FILE).write_text(text, encoding="utf-8")
+        said = {"trained parameters": f"{description['num_trained']:,}", **(facts or {})}
+        card = model_card("adapter", config, base_name=base_name, facts=said)
+        (draft / CARD_FILE).write_text(card, encoding="utf-8")
     return target
 
 

@@ -34,6 +34,7 @@ from smoa_jax.adapter.factors import unpadded_factors
 from smoa_jax.adapter.targets import walk
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import Bands, Modulation, Params, is_modulation
+from smoa_jax.checkpoint.card import CARD_FILE, model_card
 from smoa_jax.checkpoint.directories import replaced_directory
 from smoa_jax.checkpoint.names import TreePath
 from smoa_jax.checkpoint.peft.names import (
@@ -114,6 +115,8 @@ def export_peft(
         fields = {"base_model_name_or_path": base_model_name, **fields}
         text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
         (draft / PEFT_CONFIG_FILE).write_text(text, encoding="utf-8")
+        card = model_card("peft", config, base_name=base_model_name)
+        (draft / CARD_FILE).write_text(card, encoding="utf-8")
     return target
 
 

@@ -94,7 +94,8 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path, name):
     assert description.num_trained == count_trainable(base_params(), config)
     assert description.num_base == sum(leaf.size for leaf in jax.tree.leaves(base_params()))
     assert (description.base_name, description.base_fingerprint) == ("a base", "f" * 64)
-    assert {path.name for path in directory.iterdir()} == {"adapter.json", "adapter.safetensors"}
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"README.md", "adapter.json", "adapter.safetensors"}
 
 
 def test_factors_keep_the_dtype_they_were_saved_in(tmp_path):
