@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -57,3 +59,10 @@ def test_a_viewed_kernel_is_told_from_a_bias_of_several_axes_beside_it():
 def test_a_quantised_kernel_is_refused():
     with pytest.raises(ValueError, match="got a kernel of int8 at q_proj"):
         find_targets({"q_proj": {"kernel": jnp.ones((8, 8), jnp.int8)}}, config())
+
+
+def test_a_configuration_stays_what_it_was_checked_to_be():
+    config = SmoaConfig(rank=8, layers=[0, 1])  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 0  # type: ignore[misc]
+    assert (config.rank, config.layers) == (8, (0, 1))
