@@ -261,8 +261,8 @@ def test_the_readmes_other_commands_parse():
     assert commands
     for command in commands:
         words = shlex.split(command)
-        if "--adapter_dir" in words:
-            at = words.index("--adapter_dir")
+        if "--adapter" in words:  # of evaluate, a directory
+            at = words.index("--adapter")
             del words[at : at + 2]
         parse_run(words)
 
