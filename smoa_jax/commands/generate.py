@@ -81,9 +81,7 @@ def generate(
         not (chat and prompt), "--chat with prompts", "one of them", "type them once it has begun"
     )
     require(
-        bool(adapter) or not checkpoint,
-        "--checkpoint without --adapter",
-        "a run's directory there",
+        bool(adapter) or not checkpoint, "--checkpoint without --adapter", "a run's directory there"
     )
     initialize(distributed)
     numbers = resolve_dtype(dtype)

@@ -53,9 +53,7 @@ def inspect(
     require(bool(adapter) or not plot, "--plot without --adapter", "a trained adapter to plot")
     require(not plot or Path(plot).suffix == ".png", f"--plot {plot}", "a name that ends in .png")
     require(
-        bool(adapter) or not checkpoint,
-        "--checkpoint without --adapter",
-        "a run's directory there",
+        bool(adapter) or not checkpoint, "--checkpoint without --adapter", "a run's directory there"
     )
     abstract = abstract_base(model)
     reader: MergedReader | None = None

@@ -116,15 +116,11 @@ class OptimizerConfig:
         )
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             require(
-                getattr(self, name) >= 0,
-                f"optimizer.{name}={getattr(self, name)}",
-                "0 or more",
+                getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)}", "0 or more"
             )
         for name in ("final_fraction", "max_warmup_share"):
             require(
-                0 <= getattr(self, name) <= 1,
-                f"optimizer.{name}={getattr(self, name)}",
-                "0 to 1",
+                0 <= getattr(self, name) <= 1, f"optimizer.{name}={getattr(self, name)}", "0 to 1"
             )
         for name in ("beta1", "beta2"):  # at 1 a moment would never move, and its bias divide by 0
             require(

@@ -121,8 +121,6 @@ def _step(checkpoints: TrainingCheckpoints, checkpoint: str) -> int | None:
         )
         return best
     checks.require(
-        checkpoint.isdigit(),
-        f"--checkpoint {checkpoint}",
-        "best, last or a step's number",
+        checkpoint.isdigit(), f"--checkpoint {checkpoint}", "best, last or a step's number"
     )
     return int(checkpoint)

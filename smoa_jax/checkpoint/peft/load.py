@@ -179,11 +179,7 @@ def _read_modules(
         where=tensors.source,
     )
     require(
-        bool(factors),
-        f"no {settings.kind} factors",
-        "some",
-        "copy it again",
-        where=tensors.source,
+        bool(factors), f"no {settings.kind} factors", "some", "copy it again", where=tensors.source
     )
     modules: _Modules = collections.defaultdict(dict)
     for name, pair in factors.items():
