@@ -259,7 +259,7 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
 def _generate(arguments: list[str]) -> int:
     from smoa_jax.commands.generate import generate
 
-    parser = _function_parser("generate", generate, skip={"prompt"})
+    parser = _function_parser("generate", generate, skip={"prompt", "chat"})
     parser.add_argument(
         "--prompt",
         action="append",
@@ -270,9 +270,10 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument(
         "--prompt_file", default="", metavar="FILE", help="prompts, one a line; - is standard input"
     )
-    words = [word for word in arguments if word != "--chat"]  # a plain flag
-    options = dict(vars(parser.instantiate(_parse(parser, words))))
-    options["chat"] = options["chat"] or len(words) < len(arguments)
+    parser.add_argument(
+        "--chat", action="store_true", help="converse, line by line, under the template chat"
+    )
+    options = dict(vars(parser.instantiate(_parse(parser, arguments))))
     texts = [text for word in options.pop("prompt") for text in _texts(word)]
     texts += _lines(options.pop("prompt_file"))
     return generate(prompt=texts, **options)

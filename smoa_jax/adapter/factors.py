@@ -36,16 +36,18 @@ def used_columns(ranks: Any, width: int, block: Any = None) -> jax.Array:
     return jnp.take_along_axis(used, jnp.asarray(block).astype(jnp.int32)[..., None], axis=-2)
 
 
-def padding_is_zero(node: Modulation, field: str, ranks: Any) -> bool:
-    """Whether the factor ``a`` or ``b`` holds nothing beyond its ranks."""
-    factor = getattr(node, field)
+def used_of(node: Modulation, field: str) -> jax.Array:
+    """Where the factor ``a`` or ``b`` is no padding, to be broadcast against it."""
+    width = getattr(node, field).shape[-1]
     if isinstance(node, Blocks):
-        block = node.in_block if field == "a" else node.out_block
-        used = used_columns(ranks, factor.shape[-1], block)
-    else:
-        used = used_columns(ranks, factor.shape[-1])
-        used = used[..., None, :] if isinstance(node, Bands) else used
-    return bool(jnp.all(jnp.where(used, 0, factor) == 0))
+        return used_columns(node.ranks, width, node.in_block if field == "a" else node.out_block)
+    used = used_columns(node.ranks, width)
+    return used[..., None, :] if isinstance(node, Bands) else used
+
+
+def padding_is_zero(node: Modulation, field: str) -> bool:
+    """Whether the factor ``a`` or ``b`` holds nothing beyond its ranks."""
+    return bool(jnp.all(jnp.where(used_of(node, field), 0, getattr(node, field)) == 0))
 
 
 def spread_factors(node: Modulation) -> tuple[jax.Array, jax.Array]:

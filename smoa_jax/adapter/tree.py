@@ -29,7 +29,7 @@ import numpy as np
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
 from smoa_jax.adapter.factors import used_columns
 from smoa_jax.adapter.placement import placed_like
-from smoa_jax.adapter.planning.spectra import plan_targets
+from smoa_jax.adapter.planning.spectra import plan_spectra
 from smoa_jax.adapter.planning.stack import BandParts, BlockScores, Spectra, abstract_spectrum
 from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced, walk
 from smoa_jax.adapter.types import (
@@ -73,7 +73,7 @@ def apply_smoa(
     """
     targets = find_targets(base_params, config)
     if spectra is None:
-        spectra = plan_targets(targets, base_params, config)
+        spectra = plan_spectra(base_params, config, targets=targets)
     _check_spectra(spectra, targets, config)
     abstract = any(
         isinstance(lookup(base_params, target.kernel_path), jax.ShapeDtypeStruct)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -123,9 +122,8 @@ def generate(
         num_beams=num_beams,
     )
     maker = make_template(template, tokenizer)
-    keys = itertools.count()
 
-    def answer(asked: list[AnyRow]) -> tuple[str, ...]:
+    def answer(asked: list[AnyRow], key: jax.Array) -> tuple[str, ...]:
         prompts = [encode_open_row(row, tokenizer, maker) for row in asked]
         largest = max(int(tokens.max(initial=0)) for tokens in prompts)
         check_vocabulary(largest, base.config.vocab_size, model)
@@ -136,13 +134,13 @@ def generate(
             tokenizer,
             config,
             batch_size=rows_for_mesh(len(prompts), loaded.mesh),
-            key=jax.random.fold_in(jax.random.key(seed), next(keys)),
+            key=key,
         )
 
     if chat:
         require(jax.process_count() == 1, "--chat in several processes", "one")
-        return _converse(answer, system, note)
-    responses = answer([_open_row(text, system) for text in prompt])
+        return _converse(answer, jax.random.key(seed), system, note)
+    responses = answer([_open_row(text, system) for text in prompt], jax.random.key(seed))
     if is_first():
         _show(prompt, responses, note)
     return 0
@@ -157,7 +155,12 @@ def _open_row(text: str, system: str, turns: tuple[Message, ...] = ()) -> AnyRow
     return Conversation(messages=(*start, *turns, *asked), origin="prompt")
 
 
-def _converse(answer: Callable[[list[AnyRow]], tuple[str, ...]], system: str, note: str) -> int:
+def _converse(
+    answer: Callable[[list[AnyRow], jax.Array], tuple[str, ...]],
+    key: jax.Array,
+    system: str,
+    note: str,
+) -> int:
     """Read a line, answer it with all that was said before in mind, and so on to the end."""
     if note:
         print(note, file=sys.stderr)
@@ -170,7 +173,7 @@ def _converse(answer: Callable[[list[AnyRow]], tuple[str, ...]], system: str, no
             return 0
         if not text.strip():
             return 0
-        (response,) = answer([_open_row(text, system, turns)])
+        (response,) = answer([_open_row(text, system, turns)], jax.random.fold_in(key, len(turns)))
         console.print(response, markup=False, soft_wrap=True)
         said = Message(role="user", content=text), Message(role="assistant", content=response)
         turns = (*turns, *said)

@@ -65,13 +65,12 @@ def unused_accelerator(devices: Path = Path("/dev")) -> str:
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "") == "cpu":
         return ""
     if (devices / "nvidiactl").exists():
-        kind, extra = "an NVIDIA GPU", "cuda13] (or cuda12, by its driver)"
+        kind, extra, note = "an NVIDIA GPU", "cuda13", " (or cuda12, by its driver)"
     elif any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*")):
-        kind, extra = "a TPU", "tpu]"
+        kind, extra, note = "a TPU", "tpu", ""
     else:
         return ""
-    name, _, note = extra.partition("]")
     return (
         f"warning: this machine has {kind} and JAX uses its CPU alone; expected to train on the "
-        f"accelerator: pip install 'smoa-jax[train,{name}]'{note}, or say JAX_PLATFORMS=cpu"
+        f"accelerator: pip install 'smoa-jax[train,{extra}]'{note}, or say JAX_PLATFORMS=cpu"
     )

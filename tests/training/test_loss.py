@@ -52,20 +52,18 @@ def dense(trainable, frozen, hidden, targets, weights):
     return loss, {"a": dkernel @ b, "b": dkernel.T @ a}, dlogits @ kernel.T
 
 
+def loss_at(given, head, trainable, hidden, chunk, key=None):
+    """The loss as a function of what it is differentiated by."""
+    changed = {**given, "trainable": trainable, "hidden": hidden}
+    return summed_cross_entropy(head, *changed.values(), chunk, key)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 7, 13, 64])
 def test_value_and_gradients_are_those_of_the_dense_loss(chunk):
     given = problem()
 
     def loss(trainable, hidden):
-        return 0.7 * summed_cross_entropy(
-            head,
-            trainable,
-            given["frozen"],
-            hidden,
-            given["targets"],
-            given["weights"],
-            chunk,
-        )
+        return 0.7 * loss_at(given, head, trainable, hidden, chunk)
 
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(given["trainable"], given["hidden"])
     expected, of_factors, of_hidden = dense(**given)
@@ -123,16 +121,7 @@ def test_a_head_drops_out_with_a_key_of_its_own_for_every_chunk_in_both_directio
         return head(trainable, frozen, jnp.where(keep, hidden, 0))
 
     def loss(trainable, hidden):
-        return summed_cross_entropy(
-            dropping,
-            trainable,
-            given["frozen"],
-            hidden,
-            given["targets"],
-            given["weights"],
-            chunk,
-            key,
-        )
+        return loss_at(given, dropping, trainable, hidden, chunk, key)
 
     starts = range(0, LENGTH, chunk)
     keep = [

@@ -62,6 +62,7 @@ def plan_spectra(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     cuts: Mapping[str, Any] | None = None,
+    targets: Sequence[Target] | None = None,
 ) -> Spectra:
     """Decompose every kernel that ``config`` adapts; slow once, cacheable.
 
@@ -76,6 +77,7 @@ def plan_spectra(
             weights. An entry that cannot be read is recomputed, with a warning.
         progress: Told after every layer, of this process's layers.
         cuts: Of bands that are known already, (L?, M-1) by dotted module path; None: by energy.
+        targets: What ``find_targets`` finds in these params, where it has been asked already.
 
     Returns:
         Spectra by dotted module path; ``{}`` when the partition needs none.
@@ -83,26 +85,7 @@ def plan_spectra(
     Raises:
         ValueError: as ``find_targets``; if a band is empty; if a kernel is not finite.
     """
-    return plan_targets(
-        find_targets(base_params, config),
-        base_params,
-        config,
-        cache_dir=cache_dir,
-        progress=progress,
-        cuts=cuts,
-    )
-
-
-def plan_targets(
-    targets: Sequence[Target],
-    base_params: Params,
-    config: SmoaConfig,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    cuts: Mapping[str, Any] | None = None,
-) -> Spectra:
-    """``plan_spectra`` of targets that have been found already."""
+    targets = find_targets(base_params, config) if targets is None else targets
     if config.partition not in SPECTRAL_PARTITIONS:
         return {}
     kernels = [lookup(base_params, target.kernel_path) for target in targets]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -132,7 +132,8 @@ def open_directory(directory: Path) -> SafetensorsFiles:
         "download it too",
         where=directory,
     )
-    _check_found(found, directory)
+    if not found:
+        _refuse_nothing(directory)
     require(
         not found[0].name.startswith("adapter_"),
         f"only an adapter ({found[0].name})",
@@ -143,19 +144,18 @@ def open_directory(directory: Path) -> SafetensorsFiles:
     return SafetensorsFiles(str(directory), found)
 
 
-def _check_found(found: list[Path], directory: Path) -> None:
-    """Refuse a directory without weights, or with pickles alone."""
+def _refuse_nothing(directory: Path) -> NoReturn:
+    """Say what lies in a directory without weights: pickles alone, or nothing of the kind."""
     suffixes = (".bin", ".pt", ".pth", ".ckpt")
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in suffixes)
     require(
-        bool(found) or not pickles,
+        not pickles,
         f"only pickle files ({listed(pickles)}), which can run code when opened",
         "safetensors",
         "convert them with transformers' save_pretrained",
         where=directory,
     )
-    require(
-        bool(found),
+    refuse(
         "a directory without safetensors files",
         f"{SINGLE_FILE} or {INDEX_FILE} and its parts",
         where=directory,

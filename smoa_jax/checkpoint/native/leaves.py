@@ -24,7 +24,7 @@ import numpy as np
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
 from smoa_jax.adapter.factors import padding_is_zero
 from smoa_jax.adapter.placement import placed_like
-from smoa_jax.adapter.planning.spectra import Progress, check_bands, plan_targets
+from smoa_jax.adapter.planning.spectra import Progress, check_bands, plan_spectra
 from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced, walk
 from smoa_jax.adapter.tree import abstract_modulations, apply_smoa
 from smoa_jax.adapter.types import (
@@ -117,8 +117,13 @@ def restore_adapter(
     }
     spectra = {}
     if cuts:
-        spectra = plan_targets(
-            targets, base_params, config, cache_dir=cache_dir, progress=progress, cuts=cuts
+        spectra = plan_spectra(
+            base_params,
+            config,
+            cache_dir=cache_dir,
+            progress=progress,
+            cuts=cuts,
+            targets=targets,
         )
     params = base_params
     for target, node in zip(targets, nodes, strict=True):
@@ -233,7 +238,7 @@ def _check_values(target: Target, config: SmoaConfig, node: Modulation) -> None:
             )
     for name in TRAINABLE_FIELDS:
         require(
-            padding_is_zero(node, name, ranks),
+            padding_is_zero(node, name),
             f"values in the padding of {name} of {target.name}, beyond its ranks "
             f"{target.subspace_ranks}",
             "zeros",

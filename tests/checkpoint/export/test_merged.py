@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.factors import used_columns
+from smoa_jax.adapter.factors import used_of
 from smoa_jax.adapter.merge import merge_report, merge_smoa
 from smoa_jax.adapter.targets import replaced, walk
 from smoa_jax.adapter.tree import apply_smoa, find_modulations
@@ -33,23 +33,14 @@ KINDS = {
 }
 
 
-def used(node, field):
-    """1 where a factor is no padding, as wide as the factor."""
-    width = getattr(node, field).shape[-1]
-    if hasattr(node, "in_block"):
-        return used_columns(node.ranks, width, node.in_block if field == "a" else node.out_block)
-    columns = used_columns(node.ranks, width)
-    return columns[..., None, :] if hasattr(node, "bands") else columns
-
-
 def adapt(base_directory, config, directory):
     """An adapter whose B is not zero, saved; and the adapted tree."""
     base = load_base(base_directory)
     params = apply_smoa(base.params, config, jax.random.key(1))
     for name, (path, node, _) in find_modulations(params).items():
         key = jax.random.fold_in(jax.random.key(2), len(name))
-        a = node.a + 0.2 * jax.random.normal(key, node.a.shape) * used(node, "a")
-        b = 0.2 * jax.random.normal(key, node.b.shape) * used(node, "b")
+        a = node.a + 0.2 * jax.random.normal(key, node.a.shape) * used_of(node, "a")
+        b = 0.2 * jax.random.normal(key, node.b.shape) * used_of(node, "b")
         params = replaced(params, (*path, "smoa"), dataclasses.replace(node, a=a, b=b))
     save_adapter(params, config, directory, base_fingerprint=base.fingerprint, base_name="tiny")
     return base, params
