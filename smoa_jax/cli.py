@@ -248,7 +248,8 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
         }
         if any(word.split("=")[0] == "--data.eval_files" for word in words):
             # Other held-out rows than the run's own: nothing of it is to be taken out of them.
-            for name in ("train_files", "eval_rows", "eval_fraction", "train_limit"):
+            named = ("source", "train_files", "hub", "eval_rows", "eval_fraction", "train_limit")
+            for name in named:
                 flat.pop(f"data.{name}", None)
         return flat | sizes
     description = read_adapter(given.group(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
@@ -11,6 +12,7 @@ from smoa_jax.checks import require
 from smoa_jax.data.arithmetic import arithmetic_rows
 from smoa_jax.data.config import DataConfig
 from smoa_jax.data.encode import Questions, encode_questions, encode_rows
+from smoa_jax.data.hub import read_hub
 from smoa_jax.data.identity import Identity, data_identity
 from smoa_jax.data.packing import plan_rows
 from smoa_jax.data.pipeline import ExamplesIndex, TrainStream
@@ -73,11 +75,11 @@ def build_data(
     """
     require(
         bool(config.train_files)
-        or not config.reads_files
+        or config.origin != "files"
         or (held_out_only and bool(config.eval_files)),
         "no data" if config.source == "auto" else "data.source=files without data.train_files",
         "rows to train on" if not held_out_only else "held-out rows",
-        "name data.train_files" + (" or data.eval_files" if held_out_only else ""),
+        "name data.train_files or data.hub.name" + (", or data.eval_files" * held_out_only),
     )
     train_rows, eval_rows, read_counts = load_rows(config)
     config = _settled(config, train_rows or eval_rows)
@@ -139,9 +141,9 @@ def _settled(config: DataConfig, rows: list[AnyRow]) -> DataConfig:
         if any(isinstance(row, Conversation) for row in rows):
             template = "chat"
         else:
-            template = "plain" if all(getattr(row, "verbatim", False) for row in rows) else "alpaca"
-    source = "files" if config.source == "auto" else config.source
-    return dataclasses.replace(config, source=source, template=template)
+            verbatim = all(getattr(row, "verbatim", True) for row in rows)
+            template = "plain" if verbatim else "alpaca"
+    return dataclasses.replace(config, source=config.origin, template=template)
 
 
 def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[str]]:
@@ -163,14 +165,10 @@ def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[s
             seed=task.seed,
         )
     rows, counts = [], Counter()
-    if config.train_files:
-        rows, counts = read_rows(
-            config.train_files, on_bad_row=config.on_bad_row, limit=config.train_limit
-        )
-    if config.eval_files:
-        held_out, eval_counts = read_rows(
-            config.eval_files, on_bad_row=config.on_bad_row, limit=config.eval_limit
-        )
+    if config.train_files or config.origin == "hub":
+        rows, counts = _read(config, "train")
+    if config.holds_out:
+        held_out, eval_counts = _read(config, "eval")
         held_out, overlap = drop_overlap(rows, held_out)
         counts["bad_rows_in_eval"] = eval_counts["bad_rows"]
         counts.update(overlap)
@@ -185,3 +183,13 @@ def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[s
     train, held_out, overlap = split_rows(rows, eval_rows=wanted, seed=config.seed)
     counts.update(overlap)
     return train, held_out, counts
+
+
+def _read(config: DataConfig, part: Literal["train", "eval"]) -> tuple[list[AnyRow], Counter[str]]:
+    is_train = part == "train"
+    limit = config.train_limit if is_train else config.eval_limit
+    options: Any = {"on_bad_row": config.on_bad_row, "limit": limit, "columns": config.columns}
+    if config.origin == "hub":
+        split = config.hub.train_split if is_train else config.hub.eval_split
+        return read_hub(config.hub, split, **options)
+    return read_rows(config.train_files if is_train else config.eval_files, **options)

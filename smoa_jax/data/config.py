@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeAlias
 from smoa_jax.checks import require, require_one_of
 from smoa_jax.data.arithmetic import ArithmeticTask
 from smoa_jax.data.rows import OnBadRow
+from smoa_jax.data.sources import ROW_FIELDS
 from smoa_jax.data.templates import TemplateName
 
-Source: TypeAlias = Literal["auto", "files", "arithmetic", "reasoning_gym"]
+Source: TypeAlias = Literal["auto", "files", "hub", "arithmetic", "reasoning_gym"]
 #: ``auto`` is settled once the rows are known.
 TemplateChoice: TypeAlias = Literal["auto", TemplateName]
 
@@ -49,23 +50,46 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """A data set of the Hugging Face hub, read by ``datasets`` (extra ``data``).
+
+    Attributes:
+        name: Such as ``tatsu-lab/alpaca``, or a local directory in the hub's layout.
+        subset: One of its configurations; empty: its only one.
+        train_split: Split to train on; ``train[:1000]`` and the like take a part.
+        eval_split: Held-out split; empty: rows are taken out of ``train_split``.
+        revision: Branch, tag or commit; empty: the newest.
+    """
+
+    name: str = ""
+    subset: str = ""
+    train_split: str = "train"
+    eval_split: str = ""
+    revision: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where rows come from and how they become batches.
 
     Attributes:
-        source: ``files``, or a generator: ``arithmetic`` or ``reasoning_gym``; ``auto``: files
-            where files are named, and never a generated task.
+        source: ``files``, ``hub``, or a generator: ``arithmetic`` or ``reasoning_gym``; ``auto``:
+            files or hub, whichever is named, and never a generated task.
         train_files: JSON, JSON Lines or Parquet files.
-        eval_files: Held-out files; empty: rows are taken out of ``train_files``.
-        train_limit: Use at most this many rows of ``train_files``; 0: all.
-        eval_limit: Use at most this many rows of ``eval_files``; 0: all.
-        eval_rows: Rows to take out of ``train_files`` when there are no ``eval_files``.
+        eval_files: Held-out files; empty: rows are taken out of the training rows.
+        hub: A data set of the Hugging Face hub in place of files.
+        columns: What the rows call the fields that this project knows, as in ``{instruction:
+            question, output: answer}``; others are called as they are.
+        train_limit: Use at most this many training rows; 0: all.
+        eval_limit: Use at most this many held-out rows of a file or split; 0: all.
+        eval_rows: Rows to take out of the training rows, without held-out files or split.
         eval_fraction: The same as a share of the rows; set one of the two.
         on_bad_row: ``error`` stops at a row without the expected fields; ``skip`` counts it.
         task: What to generate.
         template: ``alpaca``, ``chat`` or ``plain``; ``auto``: the tokenizer's chat template for
-            conversations, plain for prompts with completions, alpaca for instructions.
-        max_length: Tokens of a row: BOS, prompt, response and EOS together.
+            conversations, plain for texts and prompts with completions, alpaca for instructions.
+        max_length: Tokens of a row: BOS, prompt, response and EOS together. Responses are cut
+            there, and rows dropped whose prompt leaves no room for one; texts go on in another row.
         response_only: Train on responses alone.
         pack: Let short examples share rows, without seeing each other.
         buckets: Row lengths below ``max_length`` for shorter examples; each compiles once.
@@ -76,6 +100,8 @@ class DataConfig:
     source: Source = "auto"
     train_files: tuple[str, ...] = ()
     eval_files: tuple[str, ...] = ()
+    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     train_limit: int = 0
     eval_limit: int = 0
     eval_rows: int = 0
@@ -94,19 +120,28 @@ class DataConfig:
         _check(self)
 
     @property
-    def reads_files(self) -> bool:
-        """Whether rows come from files; a task is generated only where one is named."""
-        return self.source in ("auto", "files")
+    def origin(self) -> Source:
+        """The source; what ``auto`` means is said by what is named, and is files if nothing is."""
+        if self.source != "auto":
+            return self.source
+        return "hub" if self.hub.name else "files"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether held-out rows are named, rather than taken out of the training rows."""
+        return bool(self.eval_files or self.hub.eval_split)
 
     def row_settings(self) -> dict[str, Any]:
         """What decides, beside the files' content, about the rows and their layout; by name."""
         settings = dataclasses.asdict(self)
-        task = settings.pop("task")
+        sections = {name: settings.pop(name) for name in ("task", "hub")}
         for name in ("train_files", "eval_files", "prefetch"):
             del settings[name]
-        if self.reads_files:
-            return settings
-        return settings | {f"task.{name}": value for name, value in task.items()}
+        if not self.columns:  # which earlier versions did not know
+            del settings["columns"]
+        section = {"hub": "hub", "files": ""}.get(self.origin, "task")
+        of_section = sections.get(section, {})
+        return settings | {f"{section}.{name}": value for name, value in of_section.items()}
 
 
 def _check(config: DataConfig) -> None:
@@ -132,17 +167,36 @@ def _check(config: DataConfig) -> None:
         "set the other to 0",
     )
     require(
-        not (config.eval_files and (config.eval_rows or fraction)),
-        "data.eval_files with data.eval_rows or data.eval_fraction",
-        "either files or a share of train_files",
+        not (config.holds_out and (config.eval_rows or fraction)),
+        "held-out files or a split with data.eval_rows or data.eval_fraction",
+        "either of them or a share of the training rows",
         "use eval_limit to shorten eval_files",
     )
-    files = bool(config.train_files or config.eval_files)
+    files, hub = bool(config.train_files or config.eval_files), bool(config.hub.name)
     require(
-        config.reads_files or not files,
+        not (files and hub),
+        "data files and data.hub.name",
+        "one of them",
+        "leave data.train_files and data.eval_files, or data.hub out",
+    )
+    require(
+        not files or config.origin == "files",
         f"data files with data.source={config.source}",
-        "files or a generated task",
+        "files, a data set of the hub, or a generated task",
         "leave data.source or the files out",
+    )
+    require(
+        hub == (config.origin == "hub"),
+        f"data.source={config.source} with data.hub.name={config.hub.name!r}",
+        "hub and a name, or neither",
+        "give both, or leave data.source out",
+    )
+    unknown = sorted(config.columns.keys() - set(ROW_FIELDS))
+    require(
+        not unknown,
+        f"data.columns with {', '.join(unknown)}",
+        f"fields of a row: {', '.join(ROW_FIELDS)}",
+        "write field: column",
     )
     if config.source == "arithmetic":
         config.task.arithmetic()

@@ -3,7 +3,8 @@
 Lengths are needed before anything can be packed, bucketed or dropped, so every row is tokenised at
 the start, and kept as two flat arrays with offsets. What does not fit is dealt with here and
 counted, never silently: a prompt that leaves no room for a response token would give a loss over
-nothing; a response that is cut loses its EOS.
+nothing; a response that is cut loses its EOS. A bare text that is too long goes on in further
+examples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from transformers import PreTrainedTokenizerFast
 
 from smoa_jax.checks import require
 from smoa_jax.data.pieces import encode_pieces
-from smoa_jax.data.rows import AnyRow, BadRowError, OnBadRow, Row, question_of, reference_of
+from smoa_jax.data.rows import (
+    AnyRow,
+    BadRowError,
+    OnBadRow,
+    Row,
+    Text,
+    question_of,
+    reference_of,
+)
 from smoa_jax.data.templates import Rendered, Template
 from smoa_jax.data.tokenizer import SpecialIds, special_ids
 
@@ -31,7 +40,7 @@ class Examples:
         trained: 1 where a token is learned as a target, uint8, as long as ``tokens``.
         offsets: Row i is ``tokens[offsets[i]:offsets[i + 1]]``.
         pad: Id that fills up rows.
-        counts: What happened on the way: rows kept and dropped, responses cut.
+        counts: What happened on the way: rows kept and dropped, responses cut, texts divided.
     """
 
     tokens: np.ndarray
@@ -78,6 +87,8 @@ def encode_rows(
 ) -> Examples:
     """Renders and tokenises ``rows``, each to at most ``max_length`` tokens.
 
+    One row is one example, but for bare texts: of a longer one, every ``max_length`` tokens are.
+
     Args:
         rows: What a source yielded.
         template: From ``make_template``.
@@ -91,19 +102,24 @@ def encode_rows(
     """
     ids = special_ids(tokenizer)
     rendered, counts = _render(rows, template, on_bad_row)
-    counts.update(prompt_too_long=0, responses_truncated=0)
+    counts.update(prompt_too_long=0, responses_truncated=0, texts_divided=0)
     texts = encode_pieces(tokenizer, [[piece.text for piece in item.full] for _, item in rendered])
     kept: list[tuple[np.ndarray, np.ndarray]] = []
-    for (_, item), pieces in zip(rendered, texts, strict=True):
+    for (row, item), pieces in zip(rendered, texts, strict=True):
         tokens, trained = _join(item, pieces, ids)
-        # The first token of a row is nobody's target.
-        if not trained[1:max_length].any():
-            counts["prompt_too_long"] += 1
-            continue
-        counts["responses_truncated"] += int(len(tokens) > max_length)
+        starts = range(0, len(tokens), max_length) if isinstance(row, Text) else (0,)
+        # The first token of an example is nobody's target.
+        parts = [start for start in starts if trained[start + 1 : start + max_length].any()]
+        counts["prompt_too_long"] += not parts
+        if isinstance(row, Text):
+            counts["texts_divided"] += len(parts) > 1
+        elif parts:
+            counts["responses_truncated"] += len(tokens) > max_length
         if not response_only:
             trained = np.ones_like(trained)
-        kept.append((tokens[:max_length], trained[:max_length]))
+        for start in parts:
+            span = slice(start, start + max_length)
+            kept.append((tokens[span], trained[span]))
     counts["rows"] = len(kept)
     require(
         bool(kept),
@@ -131,10 +147,11 @@ def encode_questions(
     """Prompts of ``rows``, token for token those that training sees before its responses.
 
     A prompt of ``max_length`` tokens or more is left out and counted as ``prompt_too_long``: such
-    a row is not trained on either.
+    a row is not trained on either. Bare texts ask nothing and are passed over.
     """
     ids = special_ids(tokenizer)
-    rendered, counts = _render(rows, template, on_bad_row)
+    asking = [row for row in rows if not isinstance(row, Text)]
+    rendered, counts = _render(asking, template, on_bad_row)
     counts.update(prompt_too_long=0)
     texts = encode_pieces(
         tokenizer, [[piece.text for piece in item.prompt] for _, item in rendered]

@@ -1,7 +1,7 @@
-"""What every source yields: rows with a question and its answer, or conversations.
+"""What every source yields: rows with a question and its answer, conversations, or bare texts.
 
-``Row`` and ``Conversation`` are what templates read; nothing downstream knows which file format or
-generator they come from. ``origin`` says where a row was read, for error messages.
+``Row``, ``Conversation`` and ``Text`` are what templates read; nothing downstream knows which file
+format or generator they come from. ``origin`` says where a row was read, for error messages.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ class Conversation:
     origin: str = ""
 
 
-AnyRow: TypeAlias = Row | Conversation
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text that is learned from its first word to its last; it asks nothing."""
+
+    text: str
+    origin: str = ""
+
+
+AnyRow: TypeAlias = Row | Conversation | Text
 
 
 class BadRowError(ValueError):
@@ -66,11 +74,15 @@ def question_of(row: AnyRow) -> str:
     """The text that identifies a row's question: two rows with the same one are duplicates."""
     if isinstance(row, Row):
         return f"{row.instruction}\n{row.input}" if row.input else row.instruction
+    if isinstance(row, Text):
+        return row.text
     return "\n".join(f"{message.role}: {message.content}" for message in row.messages[:-1])
 
 
 def reference_of(row: AnyRow) -> str:
-    """The text that a generated answer is compared with."""
+    """The text that a generated answer is compared with; empty for a bare text."""
+    if isinstance(row, Text):
+        return ""
     if row.answer:
         return row.answer
     return row.output if isinstance(row, Row) else row.messages[-1].content

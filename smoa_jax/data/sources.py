@@ -1,22 +1,25 @@
-"""Rows from local JSON, JSON Lines and Parquet files.
+"""Rows from local JSON, JSON Lines and Parquet files, or from any other list of records.
 
-Three shapes of row are understood, by the fields they have:
+Five shapes of row are understood, by the fields they have:
 
+- ``messages``: a list of ``{"role", "content"}``;
+- ``conversations``: the same, or a list of ``{"from": "human" | "gpt", "value"}`` (ShareGPT);
 - ``instruction``, ``output`` and maybe ``input`` (Alpaca, LLM-Adapters);
 - ``prompt`` and ``completion``;
-- ``messages``: a list of ``{"role", "content"}``.
+- ``text``: learned from its first word to its last.
 
-An ``answer`` field, where there is one, is what evaluations compare with. A row of another shape
-stops the run, naming file, row and the fields found; or is skipped and counted, when told so.
+Fields of other names are renamed by ``columns``. An ``answer`` field, where there is one, is what
+evaluations compare with. A row of another shape stops the run, naming file, row and the fields
+found; or is skipped and counted, when told so.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from smoa_jax.checks import require
 from smoa_jax.data.rows import (
@@ -25,15 +28,46 @@ from smoa_jax.data.rows import (
     Conversation,
     Message,
     OnBadRow,
+    Role,
     Row,
+    Text,
 )
 
-_SHAPES = "instruction/output[/input], prompt/completion, or messages"
+#: Fields that make a row, to which ``columns`` may map.
+ROW_FIELDS = (
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "text",
+    "answer",
+)
+#: A record and where it was read, such as ``"train.jsonl row 3"``.
+Record: TypeAlias = tuple[str, Any]
+
+_SHAPES = "instruction/output[/input], prompt/completion, messages, conversations, or text"
 _SUFFIXES = (".json", ".jsonl", ".parquet")
+#: What a message's author and words are called, and who writes them under which names.
+_AUTHORS, _WORDS = ("role", "from"), ("content", "value")
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
 
 
 def read_rows(
-    paths: Sequence[str | Path], *, on_bad_row: OnBadRow = "error", limit: int = 0
+    paths: Sequence[str | Path],
+    *,
+    on_bad_row: OnBadRow = "error",
+    limit: int = 0,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[AnyRow], Counter[str]]:
     """Reads all rows of ``paths``, in order.
 
@@ -41,6 +75,7 @@ def read_rows(
         paths: Files ending in .json (a list of rows), .jsonl or .parquet.
         on_bad_row: Whether a row without the expected fields stops the run or is counted.
         limit: Keep at most this many rows; 0 keeps all.
+        columns: As of ``parse_row``.
 
     Returns:
         The rows, and a count of the bad ones.
@@ -50,17 +85,12 @@ def read_rows(
     """
     require(bool(paths), "no data files", "at least one", "name them in the data config")
     counts: Counter[str] = Counter(bad_rows=0)
-    rows: list[AnyRow] = []
-    for path in map(Path, paths):
-        for number, record in _records(path, on_bad_row, counts):
-            if limit and len(rows) == limit:
-                break
-            try:
-                rows.append(parse_row(record, origin=f"{path} row {number}"))
-            except BadRowError:
-                if on_bad_row == "error":
-                    raise
-                counts["bad_rows"] += 1
+    records = (
+        (f"{path} row {number}", record)
+        for path in map(Path, paths)
+        for number, record in _records(path, on_bad_row, counts)
+    )
+    rows = collect_rows(records, counts, on_bad_row=on_bad_row, limit=limit, columns=columns)
     require(
         bool(rows),
         f"an empty data set ({counts['bad_rows']} bad rows)",
@@ -71,21 +101,58 @@ def read_rows(
     return rows, counts
 
 
-def parse_row(record: Any, *, origin: str) -> AnyRow:
-    """The row that ``record`` holds.
+def collect_rows(
+    records: Iterable[Record],
+    counts: Counter[str],
+    *,
+    on_bad_row: OnBadRow,
+    limit: int = 0,
+    columns: Mapping[str, str] | None = None,
+) -> list[AnyRow]:
+    """The rows that ``records`` hold, at most ``limit`` unless it is 0; bad ones are counted.
 
     Raises:
-        BadRowError: It has none of the expected shapes.
+        BadRowError: A record of no known shape, unless such are to be skipped.
+    """
+    rows: list[AnyRow] = []
+    for origin, record in records:
+        try:
+            rows.append(parse_row(record, origin=origin, columns=columns))
+        except BadRowError:
+            if on_bad_row == "error":
+                raise
+            counts["bad_rows"] += 1
+        if limit and len(rows) == limit:
+            break
+    return rows
+
+
+def parse_row(record: Any, *, origin: str, columns: Mapping[str, str] | None = None) -> AnyRow:
+    """The row that ``record`` holds.
+
+    Args:
+        record: An object of one of the shapes above.
+        origin: Where it was read, for error messages.
+        columns: By which names the record calls fields of ``ROW_FIELDS``, as in
+            ``{"instruction": "question", "output": "answer"}``; others are called as they are.
+
+    Raises:
+        BadRowError: It has none of the expected shapes, or lacks a column.
     """
     kind = type(record).__name__
     _need(isinstance(record, Mapping), origin, kind, f"an object with {_SHAPES}")
     # Parquet and merged data sets fill fields that a row does not have with nulls.
     fields = {key: value for key, value in record.items() if value is not None}
+    fields = _renamed(fields, columns or {}, origin)
     answer = _as_text(fields.get("answer", ""))
-    if "messages" in fields:
-        messages = _parse_messages(fields["messages"], origin)
-        return Conversation(messages=messages, answer=answer, origin=origin)
+    for name in ("messages", "conversations"):
+        if name in fields:
+            messages = _parse_messages(fields[name], name, origin)
+            return Conversation(messages=messages, answer=answer, origin=origin)
     verbatim = not {"instruction", "output"} <= fields.keys()
+    # Some sets hold each row a second time, rendered, under text.
+    if "text" in fields and verbatim and not {"prompt", "completion"} <= fields.keys():
+        return Text(text=_text_field(fields, "text", origin), origin=origin)
     names = ("prompt", "completion") if verbatim else ("instruction", "output")
     found = ", ".join(map(str, fields)) or "no field"
     _need(set(names) <= fields.keys(), origin, f"fields {found}", _SHAPES)
@@ -98,6 +165,25 @@ def parse_row(record: Any, *, origin: str) -> AnyRow:
         verbatim=verbatim,
         origin=origin,
     )
+
+
+def _renamed(fields: dict[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """``fields`` by our names; a column that was renamed goes by its old name no more."""
+    missing = [column for column in columns.values() if column not in fields]
+    found = ", ".join(map(str, fields)) or "no field"
+    # Fields that a row may do without, its column may lack as well.
+    optional = {columns[name] for name in ("input", "answer") if name in columns}
+    lacking = [column for column in missing if column not in optional]
+    _need(not lacking, origin, f"fields {found}", f"data.columns' {', '.join(lacking)}")
+    if not columns:
+        return fields
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if name not in columns.values() and name not in columns
+    }
+    named = {name: fields[column] for name, column in columns.items() if column in fields}
+    return kept | named
 
 
 def _records(
@@ -165,24 +251,25 @@ def _parquet_records(path: Path) -> Iterator[object]:
         ) from error
 
 
-def _parse_messages(value: Any, origin: str) -> tuple[Message, ...]:
-    _need(_is_list(value), origin, f"messages of {type(value).__name__}", "a list")
+def _parse_messages(value: Any, field: str, origin: str) -> tuple[Message, ...]:
+    _need(_is_list(value), origin, f"{field} of {type(value).__name__}", "a list")
     messages: list[Message] = []
     for number, item in enumerate(value, start=1):
-        whole = isinstance(item, Mapping) and {"role", "content"} <= item.keys()
-        _need(whole, origin, f"message {number} without role and content", "both")
-        role: Any = item["role"]
-        known = role in ("system", "user", "assistant")
-        got = f"role {role!r} in message {number}"
-        _need(known, origin, got, "system, user or assistant")
-        content = _text_field(item, "content", f"{origin} message {number}")
-        messages.append(Message(role=role, content=content))
+        keys = item.keys() if isinstance(item, Mapping) else ()
+        by, says = (next((key for key in names if key in keys), "") for names in (_AUTHORS, _WORDS))
+        got = f"message {number} without role and content"
+        _need(bool(by and says), origin, got, "both, or from and value")
+        author = str(item[by])
+        got = f"{by} {author!r} in message {number}"
+        _need(author in _ROLES, origin, got, f"one of {', '.join(_ROLES)}")
+        content = _text_field(item, says, f"{origin} message {number}")
+        messages.append(Message(role=_ROLES[author], content=content))
     roles: list[str] = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     _need(
         bool(turns) and turns == ["user", "assistant"] * (len(turns) // 2),
         origin,
-        f"messages by {', '.join(roles) or 'nobody'}",
+        f"{field} by {', '.join(roles) or 'nobody'}",
         "user and assistant by turns, after a system message if any, ending with assistant",
     )
     return tuple(messages)

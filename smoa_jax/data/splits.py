@@ -4,8 +4,8 @@ A held-out row measures something only if training has not asked its question. W
 same is decided here once, for files and for generated tasks, whatever shape a row has:
 
 - a *question* is what a user says before an assistant's turn: instruction and input of a row, or
-  one user message of a conversation. Spaces, letter case and Unicode spelling do not tell two
-  apart, nor does the kind of row;
+  one user message of a conversation, or a whole bare text. Spaces, letter case and Unicode
+  spelling do not tell two apart, nor does the kind of row;
 - a held-out row overlaps if its first question is asked *anywhere* in training, at whichever turn.
   That covers every later turn too: a question counts with the turns before it, so one that training
   asks after the same turns has its first question in training. The same words as a follow-up to
@@ -25,13 +25,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 
 from smoa_jax.checks import require
-from smoa_jax.data.rows import AnyRow, Row, question_of
+from smoa_jax.data.rows import AnyRow, Row, Text, question_of
 
 
 def question_keys(row: AnyRow) -> tuple[bytes, ...]:
     """What each question of ``row`` is recognised by, in the order they are asked; at least one."""
     if isinstance(row, Row):
         return (_key(f"{row.instruction} {row.input}"),)
+    if isinstance(row, Text):
+        return (_key(row.text),)
     return tuple(_key(message.content) for message in row.messages if message.role == "user")
 
 

@@ -8,7 +8,8 @@ tokenising prompt and response in one go may merge across the seam.
 - ``alpaca``: the prompt of Alpaca and LLM-Adapters, which the SMoA and HiRA papers train with
   (written here without LLM-Adapters' stray indentation);
 - ``chat``: the tokenizer's own chat template; every assistant turn trains, its end token included;
-- ``plain``: instruction, newline, output; ``prompt/completion`` rows as they stand.
+- ``plain``: instruction, newline, output; ``prompt/completion`` rows as they stand; bare texts,
+  which no other template takes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
 from smoa_jax.checks import require_one_of
 from smoa_jax.data.chat import render_chat, turn_shape
-from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row
+from smoa_jax.data.rows import AnyRow, BadRowError, Conversation, Message, Row, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +91,9 @@ def render_alpaca(row: AnyRow) -> Rendered:
 
 
 def render_plain(row: AnyRow) -> Rendered:
-    """Instruction, input and output on lines of their own, or joined as they stand."""
+    """Instruction, input and output on lines of their own, or joined as they stand; or a text."""
+    if isinstance(row, Text):
+        return Rendered(prompt=(), full=(Piece(text=row.text, trained=True),), append_eos=True)
     row = _as_single_turn(row, "plain")
     prompt = row.instruction + (f"\n{row.input}" if row.input else "")
     return _prompt_and_response(prompt if row.verbatim else prompt + "\n", row.output)
@@ -106,6 +109,8 @@ def _prompt_and_response(prompt: str, response: str) -> Rendered:
 def _as_single_turn(row: AnyRow, template: str) -> Row:
     if isinstance(row, Row):
         return row
+    if isinstance(row, Text):
+        raise _without_question(row, template)
     if [message.role for message in row.messages] == ["user", "assistant"]:
         user, assistant = row.messages
         return Row(
@@ -188,5 +193,14 @@ class ChatTemplate:
 def _as_messages(row: AnyRow) -> tuple[Message, ...]:
     if isinstance(row, Conversation):
         return row.messages
+    if isinstance(row, Text):
+        raise _without_question(row, "chat")
     user = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
     return (Message(role="user", content=user), Message(role="assistant", content=row.output))
+
+
+def _without_question(row: Text, template: str) -> BadRowError:
+    return BadRowError(
+        f"{row.origin}: got a bare text; template {template} expects a question and its answer; "
+        "use template plain"
+    )

@@ -25,6 +25,7 @@ _COUNT_WORDS = {
     "eval_in_train": "held-out rows left out, since they occur in training",
     "prompt_too_long": "prompts left out, too long to leave room for a response in data.max_length",
     "responses_truncated": "responses cut at data.max_length",
+    "texts_divided": "texts longer than data.max_length divided into several rows",
 }
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from smoa_jax.data.build import build_data
-from smoa_jax.data.config import DataConfig, TaskConfig
+from smoa_jax.data.config import DataConfig, HubConfig, TaskConfig
+from smoa_jax.data.identity import changed_settings
 from smoa_jax.data.pipeline import eval_batches
 
 PAPER_DATA = Path(
@@ -42,6 +43,7 @@ def test_arithmetic_comes_with_batches_questions_and_counts(smollm2):
         "bad_rows": 0,
         "prompt_too_long": 0,
         "responses_truncated": 0,
+        "texts_divided": 0,
         "response_tokens": 50 * 5,
     }
     assert data.counts["eval"]["rows"] == 9
@@ -130,7 +132,21 @@ def test_every_setting_reaches_what_it_is_about(smollm2, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "hub"}, "got data.source='hub'; expected one of auto, files"),
+        ({"source": "web"}, "got data.source='web'; expected one of auto, files, hub"),
+        ({"source": "hub"}, "got data.source=hub with data.hub.name=''; expected hub and a name"),
+        (
+            {"source": "files", "hub": HubConfig(name="a/b")},
+            "got data.source=files with data.hub.name='a/b'",
+        ),
+        (
+            {"train_files": ("a.json",), "hub": HubConfig(name="a/b")},
+            "got data files and data.hub.name; expected one of them",
+        ),
+        (
+            {"hub": HubConfig(name="a/b", eval_split="test"), "eval_fraction": 0.5},
+            "got held-out files or a split with data.eval_rows or data.eval_fraction",
+        ),
+        ({"columns": {"question": "q"}}, "got data.columns with question; expected fields of"),
         ({"template": "vicuna"}, "got data.template='vicuna'"),
         ({"on_bad_row": "ignore"}, "got data.on_bad_row='ignore'"),
         ({"max_length": 1}, "got data.max_length=1"),
@@ -146,12 +162,12 @@ def test_every_setting_reaches_what_it_is_about(smollm2, tmp_path):
         ),
         (
             {"source": "files", "train_files": ("a",), "eval_files": ("b",), "eval_rows": 1},
-            "got data.eval_files with data.eval_rows",
+            "got held-out files or a split with data.eval_rows",
         ),
     ],
 )
 def test_contradicting_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=r"got data") as error:
+    with pytest.raises(ValueError, match=r"got (data|held-out)") as error:
         DataConfig(**settings)
     assert message in str(error.value)
 
@@ -160,7 +176,7 @@ def test_contradicting_settings_are_refused(settings, message):
 def test_no_task_is_generated_unasked(smollm2, source):
     with pytest.raises(ValueError, match=r"rows to train on; name data\.train_files"):
         build_data(DataConfig(source=source), smollm2)
-    with pytest.raises(ValueError, match=r"name data\.train_files or data\.eval_files"):
+    with pytest.raises(ValueError, match=r"data\.hub\.name, or data\.eval_files"):
         build_data(DataConfig(source=source), smollm2, held_out_only=True)
     with pytest.raises(ValueError, match=r"rows to train on; name data\.train_files"):
         build_data(DataConfig(source=source, eval_files=("held-out.jsonl",)), smollm2)
@@ -169,6 +185,7 @@ def test_no_task_is_generated_unasked(smollm2, source):
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 ASKED = {"instruction": "a", "output": "b"}
 JOINED = {"prompt": "a", "completion": "b"}
+BARE = {"text": "words to the end"}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +195,8 @@ JOINED = {"prompt": "a", "completion": "b"}
         ([JOINED, JOINED], "plain"),
         ([JOINED, ASKED], "alpaca"),
         ([ASKED, CHAT], "chat"),
+        ([BARE, BARE], "plain"),
+        ([BARE, JOINED], "plain"),
     ],
 )
 def test_files_and_their_rows_say_what_auto_means(smollm2, tmp_path, rows, template):
@@ -192,6 +211,34 @@ def test_files_and_their_rows_say_what_auto_means(smollm2, tmp_path, rows, templ
     assert held_out.train is None
     assert held_out.eval is not None
     assert (held_out.config.template, len(held_out.eval)) == (template, len(rows))
+
+
+def test_columns_of_other_names_reach_both_splits(smollm2, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{n} + 1 =", "solution": str(n + 1)} for n in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"instruction": "question", "output": "solution"}
+    split = DataConfig(train_files=(str(path),), eval_rows=2, columns=columns)
+    assert len(build_data(split, smollm2).questions) == 2
+    files = DataConfig(
+        train_files=(str(path),), eval_files=(str(path),), train_limit=5, columns=columns
+    )
+    assert build_data(files, smollm2).questions.questions == tuple(
+        row["question"] for row in rows[5:]
+    )
+    unmapped = dataclasses.replace(files, columns={})
+    with pytest.raises(ValueError, match=r"rows\.jsonl row 1: got fields question, solution"):
+        build_data(unmapped, smollm2)
+
+
+def test_columns_explain_other_rows_and_earlier_positions_know_none(smollm2, tmp_path):
+    assert "columns" not in DataConfig().row_settings()
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "a", "output": "b", "reply": "c"}))
+    config = DataConfig(train_files=(str(path),), columns={})
+    other = dataclasses.replace(config, columns={"output": "reply"})
+    first, second = (build_data(each, smollm2).identity for each in (config, other))
+    assert "data.columns is {'output': 'reply'} and was unset" in changed_settings(first, second)
 
 
 def test_a_bad_task_is_refused_before_anything_is_read():

@@ -8,7 +8,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from smoa_jax.data.rows import BadRowError, Conversation, Message, Row, question_of, reference_of
+from smoa_jax.data.rows import (
+    BadRowError,
+    Conversation,
+    Message,
+    Row,
+    Text,
+    question_of,
+    reference_of,
+)
 from smoa_jax.data.sources import parse_row, read_rows
 
 RECORDS = [
@@ -87,6 +95,8 @@ def test_unusual_but_valid_text_files_are_read(tmp_path):
         ({"messages": []}, "got messages by nobody"),
         ({"messages": [{"role": "user"}]}, "got message 1 without role and content"),
         ({"messages": [{"role": "tool", "content": ""}]}, "got role 'tool' in message 1"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "got conversations by assistant;"),
+        ({"text": ["a"]}, "got text of list; expected text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "got messages by user; expected user"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1: got content of NoneType"),
     ],
@@ -142,3 +152,36 @@ def test_missing_files_are_errors(tmp_path):
 def test_parse_row_reads_a_non_text_answer_as_json():
     row = parse_row({"prompt": "a", "completion": "b", "answer": 16.0}, origin="x")
     assert reference_of(row) == "16.0"
+
+
+def test_sharegpt_conversations_are_messages():
+    turns = [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
+    record = {"conversations": [{"from": by, "value": said} for by, said in turns], "id": "7"}
+    row = parse_row(record, origin="x")
+    assert isinstance(row, Conversation)
+    assert [(m.role, m.content) for m in row.messages] == [
+        ("system", "s"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ]
+
+
+def test_a_text_beside_a_question_is_the_same_row_rendered():
+    assert parse_row({"text": "words"}, origin="x") == Text(text="words", origin="x")
+    for question in ({"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}):
+        assert isinstance(parse_row({"text": "a b", **question}, origin="x"), Row)
+
+
+def test_columns_of_other_names_are_renamed():
+    columns = {"instruction": "question", "output": "answer", "input": "context"}
+    record = {"question": "How many?", "answer": "It is 4. #### 4", "output": "unused", "id": 3}
+    row = parse_row(record, origin="x", columns=columns)
+    # The column answer was the output's: it is not what evaluations compare with as well.
+    assert row == Row(instruction="How many?", output="It is 4. #### 4", origin="x")
+    row = parse_row(record | {"context": "c"}, origin="x", columns=columns)
+    assert isinstance(row, Row)
+    assert row.input == "c"
+    with pytest.raises(BadRowError, match=r"x: got fields id; expected data\.columns' question, "):
+        parse_row({"id": 3}, origin="x", columns=columns)

@@ -7,7 +7,7 @@ import pytest
 
 from smoa_jax.data.encode import encode_prompt, encode_questions, encode_rows
 from smoa_jax.data.packing import make_batch, plan_rows
-from smoa_jax.data.rows import BadRowError, Conversation, Message, Row
+from smoa_jax.data.rows import BadRowError, Conversation, Message, Row, Text
 from smoa_jax.data.templates import TEMPLATES, make_template, render_alpaca, render_plain
 
 ALPACA_HEAD = (
@@ -311,3 +311,42 @@ def test_unknown_templates_and_missing_chat_templates_are_refused(make_tokenizer
         make_template("vicuna", make_tokenizer("a"))
     with pytest.raises(ValueError, match="tokenizer without a chat template"):
         make_template("chat", make_tokenizer("a"))
+
+
+def test_a_bare_text_trains_from_its_first_word_to_its_last(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "all of it\n",
+        special={"bos_token": "<s>", "eos_token": "<eos>", "unk_token": "<unk>"},
+        adds_bos=True,
+    )
+    row = Text(text="all of it", origin="x")
+    assert encoded([row], render_plain, tokenizer) == [
+        ("<s>", 0),
+        ("all", 1),
+        (" ", 1),
+        ("of", 1),
+        (" ", 1),
+        ("it", 1),
+        ("<eos>", 1),
+    ]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chat"])
+def test_a_template_of_questions_refuses_a_bare_text(make_tokenizer, chatml, name):
+    template = make_template(name, make_tokenizer("a", chat_template=chatml))
+    with pytest.raises(BadRowError, match=f"x: got a bare text; template {name} expects"):
+        template(Text(text="a", origin="x"))
+
+
+def test_a_long_text_goes_on_in_further_examples_and_nothing_of_it_is_lost(make_tokenizer):
+    words = " ".join("abcdefghijk")
+    rows = [Text(text=words), Text(text="a b")]
+    tokenizer = make_tokenizer(words)
+    whole = encode_rows(rows, render_plain, tokenizer, max_length=999)
+    cut = encode_rows(rows, render_plain, tokenizer, max_length=8)
+    assert cut.tokens.tolist() == whole.tokens.tolist()
+    assert cut.lengths.tolist() == [8, 8, 6, 4]
+    assert (cut.counts["texts_divided"], cut.counts["responses_truncated"]) == (1, 0)
+    # An example of one token would teach nothing: the first is nobody's target.
+    assert encode_rows(rows[:1], render_plain, tokenizer, max_length=7).lengths.tolist() == [7] * 3
+    assert len(encode_questions(rows, render_plain, tokenizer, max_length=8)) == 0
