@@ -210,6 +210,7 @@ def _train(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     from smoa_jax.commands.evaluate import evaluate
+    from smoa_jax.sharding.memory import exhaustion_explained
 
     # The section adapter of a run's configuration has no say here, so the word names a directory;
     # adapter_dir is what it was called before.
@@ -223,7 +224,11 @@ def _evaluate(arguments: list[str]) -> int:
     parser.set_defaults(_said_by_adapter(words))
     parsed = _parse(parser, words)
     config = _run_config(parser, parsed)
-    return evaluate(config, parsed.adapter_dir, str(parsed.checkpoint), as_json=parsed.json)
+    remedy = (
+        "lower train.eval_batch_size, evaluation.batch_size or data.max_length, or raise mesh.fsdp"
+    )
+    with exhaustion_explained(remedy):
+        return evaluate(config, parsed.adapter_dir, str(parsed.checkpoint), as_json=parsed.json)
 
 
 def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
@@ -259,6 +264,7 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
 
 def _generate(arguments: list[str]) -> int:
     from smoa_jax.commands.generate import generate
+    from smoa_jax.sharding.memory import exhaustion_explained
 
     parser = _function_parser("generate", generate, skip={"prompt", "chat"})
     parser.add_argument(
@@ -277,7 +283,8 @@ def _generate(arguments: list[str]) -> int:
     options = dict(vars(parser.instantiate(_parse(parser, arguments))))
     texts = [text for word in options.pop("prompt") for text in _texts(word)]
     texts += _lines(options.pop("prompt_file"))
-    return generate(prompt=texts, **options)
+    with exhaustion_explained("give fewer prompts, lower --max_new_tokens, or raise --mesh.fsdp"):
+        return generate(prompt=texts, **options)
 
 
 def _lines(path: str) -> list[str]:

@@ -32,6 +32,7 @@ def evaluate(
     """Score an adapter on the held-out rows of a run's data: loss, and answers if asked for."""
     initialize(config.distributed)
     say = console.print if is_first() and not as_json else _silent
+    warn = Console(stderr=True).print if is_first() else _silent
     with together():
         tokenizer = load_tokenizer(abstract_base(config.model.path).source)
         data = build_data(config.data, tokenizer, held_out_only=True)
@@ -46,7 +47,7 @@ def evaluate(
     with adapter_directory(adapter_dir, checkpoint, config.model.path) as directory:
         trained_with = read_adapter(directory).template
         if trained_with not in ("", config.data.template):
-            say(
+            warn(
                 f"warning: the adapter was trained with the template {trained_with}, and "
                 f"data.template is {config.data.template}; expected the same for a fair score",
                 style="yellow",

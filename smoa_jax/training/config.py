@@ -152,6 +152,7 @@ class TrainConfig:
         max_skipped: Steps with a loss or gradient that is not finite before the run stops.
         loss_chunk: Positions whose logits exist at a time.
         tensorboard: Write TensorBoard files too (extra ``track``).
+        wandb: Project of Weights & Biases to send metrics to (extra ``track``); empty: none.
     """
 
     output_dir: str
@@ -169,6 +170,7 @@ class TrainConfig:
     max_skipped: int = 10
     loss_chunk: int = 64
     tensorboard: bool = False
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "an empty train.output_dir", "a directory for the run")

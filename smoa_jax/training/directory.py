@@ -7,7 +7,8 @@
       checkpoints/    training state; resuming from it is bit-exact on a CPU
       adapter/        the trained adapter, as of the last step
       answers_*.jsonl held-out questions and what was answered, before and after
-      summary.json    what the table at the end shows
+      summary.json    what the table at the end shows, on which data, devices and versions
+      tensorboard/, wandb/  what was asked for by train.tensorboard and train.wandb
       .lock           held while a run is under way; the system lets go of it when the run dies
 
 Of several processes the first one alone writes, but for the checkpoints, which all of them do.
@@ -113,7 +114,7 @@ class RunDirectory(contextlib.AbstractContextManager):
         if not is_first():
             return
         draft = self.path / f".{_CONFIG}.draft"
-        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=100)
+        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
         draft.write_text(text, encoding="utf-8")
         draft.replace(self.config_file)
 
@@ -130,7 +131,7 @@ class RunDirectory(contextlib.AbstractContextManager):
         written = self.settings()
         if not isinstance(written.get("train"), dict):
             return []
-        before, now = dict(_flat(written)), dict(_flat(_plain(config)))
+        before, now = dict(_flat(written)), dict(_flat(plain(config)))
         return [
             f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
             for name in sorted({*before, *now})
@@ -174,7 +175,7 @@ class RunDirectory(contextlib.AbstractContextManager):
                 )
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
-        """What the table at the end shows, as JSON."""
+        """What the table at the end shows and what it was made with, as JSON."""
         self._write("summary.json", json.dumps(jsonable(values), indent=2))
 
     def _write(self, name: str, text: str) -> None:
@@ -190,7 +191,7 @@ def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
     """A configuration of lists, dicts, texts and numbers alone."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=list))
 

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: a progress bar, one JSON object per line, TensorBoard.
+"""What a run reports while it goes: a progress bar, and one JSON object per line.
 
 Values reach the host one step late, so that reading them never holds up the device.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smoa_jax.sharding.processes import is_first
+from smoa_jax.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,34 +33,19 @@ def read_metrics(directory: Path, event: str) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def require_tensorboard() -> Any:
-    """tensorboardX's writer class.
-
-    Raises:
-        ImportError: if the extra ``track`` is not installed.
-    """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "got train.tensorboard=true without tensorboardX; expected the extra 'track'; "
-            "pip install 'smoa-jax[track]', or set it to false"
-        ) from error
-    return SummaryWriter
-
-
 class MetricsWriter:
-    """Appends metrics to ``metrics.jsonl`` and, if asked, to TensorBoard files.
+    """Appends metrics to ``metrics.jsonl``, and hands their numbers to trackers.
 
     Of several processes the first one writes; the others' writers do nothing.
 
-    Raises:
-        ImportError: if TensorBoard is asked for and the extra ``track`` is not installed.
+    Args:
+        directory: Of the run.
+        trackers: Opens whatever else is to have the numbers.
     """
 
-    def __init__(self, directory: Path, *, tensorboard: bool = False):
+    def __init__(self, directory: Path, trackers: Callable[[], Sequence[Tracker]] = tuple):
         self._file: TextIO | None = None
-        self._board: Any = None
+        self._trackers: Sequence[Tracker] = ()
         if not is_first():
             return
         path = directory / METRICS_FILE
@@ -67,8 +53,7 @@ class MetricsWriter:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if torn:  # by a process that was killed; its half line must not swallow ours
             self._file.write("\n")
-        if tensorboard:
-            self._board = require_tensorboard()(str(directory / "tensorboard"))
+        self._trackers = trackers()
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line: ``{"event", "step", "time", ...values}``."""
@@ -77,17 +62,16 @@ class MetricsWriter:
         record = {"event": event, "step": step, "time": time.time(), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{event}/{name}", value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers if numbers else ():
+            tracker.log(event, step, numbers)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the file and the trackers."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class ProgressReport(contextlib.AbstractContextManager):

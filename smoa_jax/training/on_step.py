@@ -34,6 +34,7 @@ class BetweenSteps:
         step: The last step taken.
         eval_loss: Held-out loss after it, or NaN where it was not measured.
         finished: Whether there is nothing left to train: all steps are taken, or patience ran out.
+        tokens_per_second: Over the steps of this process that compiled nothing; NaN without any.
 
     Args:
         settings: Of the loop.
@@ -71,6 +72,7 @@ class BetweenSteps:
         self._writer, self._report_line = writer, report
         self._evaluate, self._save, self._stopping, self._also = evaluate, save, stopping, also
         self._losses = list(losses)
+        self._tokens, self._seconds = 0.0, 0.0
         self._unread: tuple[int, Metrics, bool] | None = None
         self._clock = clock or CompletionClock()
         self._start_clock()
@@ -107,6 +109,10 @@ class BetweenSteps:
     def finished(self) -> bool:
         return self.step >= self._steps or out_of_patience(self._losses, self._settings.patience)
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / self._seconds if self._seconds else math.nan
+
     def _start_clock(self) -> None:
         self._clock.restart()
         self._compiled = compilations()
@@ -131,6 +137,9 @@ class BetweenSteps:
         values["seconds"] = seconds
         values["tokens_per_second"] = values["tokens"] / seconds if seconds else math.nan
         values["compiled"] = compiled
+        if not compiled:
+            self._tokens += values["tokens"]
+            self._seconds += seconds
         self._writer.write("train", step, jsonable(values))
         note = "  (compiled)" if compiled else ""
         self._report_line.update(

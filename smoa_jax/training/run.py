@@ -22,19 +22,23 @@ from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.pipeline import unchecked
 from smoa_jax.data.preview import preview
 from smoa_jax.data.tokenizer import load_tokenizer
+from smoa_jax.sharding.memory import exhaustion_explained
 from smoa_jax.sharding.processes import batch_share, initialize, together
 from smoa_jax.training.checkpoints import Identity, TrainingCheckpoints
 from smoa_jax.training.checks import check_data, check_directory, check_steps, describe_data
 from smoa_jax.training.config import RunConfig
-from smoa_jax.training.directory import RunDirectory, RunError, jsonable
-from smoa_jax.training.environment import describe_environment, unused_accelerator
+from smoa_jax.training.directory import RunDirectory, RunError, jsonable, plain
+from smoa_jax.training.environment import (
+    describe_environment,
+    record_environment,
+    unused_accelerator,
+)
 from smoa_jax.training.held_out import held_out_answers, mean_loss
 from smoa_jax.training.loop import OnStep, train
 from smoa_jax.training.metrics import (
     MetricsWriter,
     ProgressReport,
     read_metrics,
-    require_tensorboard,
 )
 from smoa_jax.training.model import LoadedModel, load_model
 from smoa_jax.training.on_step import BetweenSteps, stop_on_signals
@@ -47,6 +51,7 @@ from smoa_jax.training.state import (
     whole_adapter,
 )
 from smoa_jax.training.step import State
+from smoa_jax.training.trackers import check_trackers, open_trackers
 
 __all__ = ["RunError", "Summary", "run"]
 
@@ -70,6 +75,7 @@ class Summary:
     accuracy_after: float
     scored_rows: int
     seconds: float
+    tokens_per_second: float
     adapter_dir: str
 
 
@@ -120,12 +126,15 @@ def run(
     """
     started = time.monotonic()
     initialize(config.distributed)
-    with contextlib.ExitStack() as stack:
+    with exhaustion_explained(_to_lower(config)), contextlib.ExitStack() as stack:
         directory = stack.enter_context(RunDirectory(config.train.output_dir))
         prepared = prepare(config, directory, resume=resume, overwrite=overwrite)
         begun = begin(prepared, resume=resume, overwrite=overwrite)
         stack.callback(begun.checkpoints.close)
-        writer = MetricsWriter(directory.path, tensorboard=config.train.tensorboard)
+        writer = MetricsWriter(
+            directory.path,
+            lambda: open_trackers(config.train, directory.path, plain(prepared.config)),
+        )
         stack.callback(writer.close)
         return _Run(prepared, begun, writer, on_step).run(started)
 
@@ -138,8 +147,7 @@ def prepare(
         check_directory(config, directory, resume=resume, overwrite=overwrite)
         if directory.is_occupied:
             directory.lock()
-        if config.train.tensorboard:
-            require_tensorboard()
+        check_trackers(config.train)
         tokenizer = load_tokenizer(abstract_base(config.model.path).source)
         data = build_data(config.data, tokenizer)
         assert data.train is not None
@@ -308,10 +316,14 @@ class _Run:
             accuracy_after=after[1],
             scored_rows=self._config.evaluation.rows,
             seconds=time.monotonic() - started,
+            tokens_per_second=between.tokens_per_second,
             adapter_dir=adapter,
         )
         if summary.finished:
-            self._prepared.directory.write_summary(dataclasses.asdict(summary))
+            made_with = record_environment(self._prepared.loaded.mesh)
+            self._prepared.directory.write_summary(
+                {**dataclasses.asdict(summary), **made_with, "data": self._data.identity}
+            )
             self._writer.write("finished", step, jsonable(dataclasses.asdict(summary)))
         return summary
 
@@ -386,6 +398,17 @@ def _facts(prepared: Prepared, step: int, before: float, after: float) -> dict[s
     if math.isfinite(after):
         facts["held-out loss"] = f"{after:.4f} (the base alone: {before:.4f})"
     return facts
+
+
+def _to_lower(config: RunConfig) -> str:
+    """What makes a run that does not fit smaller, and how it is set now."""
+    parts = config.train.batch_size // config.train.accumulate
+    return (
+        f"raise train.accumulate={config.train.accumulate} (now {parts} rows at a time), set "
+        f"model.remat={config.model.remat} to full, lower data.max_length="
+        f"{config.data.max_length} or train.loss_chunk={config.train.loss_chunk}, or spread the "
+        f"weights over more devices by mesh.fsdp"
+    )
 
 
 def _number(value: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import subprocess
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from smoa_jax.models.fused_attention import AttentionSharding, CudnnAttention, S
 from smoa_jax.sharding.mesh import MeshConfig, make_mesh
 from smoa_jax.training.environment import (
     attention_name,
+    commit,
     device_kinds,
     unused_accelerator,
     versions,
@@ -25,6 +27,25 @@ def test_versions_and_devices_are_those_that_run():
     assert versions()["smoa-jax"] == importlib.metadata.version("smoa-jax")
     (count,) = device_kinds(make_mesh(MeshConfig(data=4), jax.devices()[:4])).values()
     assert count == 4
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_if_files_differ(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=n", "-c", "user.email=e@x"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert commit(tmp_path) == ""
+    git("init", "-q")
+    file = tmp_path / "package" / "a.py"
+    file.parent.mkdir()
+    file.write_text("1")
+    assert commit(tmp_path) == ""  # an environment in a checkout is none of its files
+    git("add", ".")
+    git("commit", "-qm", "why")
+    assert commit(file.parent) == git("rev-parse", "HEAD")
+    file.write_text("2")
+    assert commit(file.parent) == git("rev-parse", "HEAD") + "+"
 
 
 def test_attention_goes_by_the_name_that_a_configuration_gives_it():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import chex
+import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -53,6 +55,19 @@ def compiled_steps(directory):
     return [record["step"] for record in read_metrics(directory, "train") if record["compiled"]]
 
 
+def check_summary(directory, config):
+    """It says what came of the run and what that was made with, as plain JSON."""
+    summary = json.loads((directory / "summary.json").read_text())
+    steps = [record for record in read_metrics(directory, "train") if not record["compiled"]]
+    tokens, seconds = (sum(step[name] for step in steps) for name in ("tokens", "seconds"))
+    assert summary["tokens_per_second"] == pytest.approx(tokens / seconds)
+    assert sum(summary["devices"].values()) == len(jax.devices())
+    assert summary["versions"]["jax"] == jax.__version__
+    assert summary["peak_memory_bytes"]["host"] > 1e8
+    assert len(summary["data"]["train"]) == 64  # SHA-256
+    assert summary["data"]["settings"]["max_length"] == config.data.max_length
+
+
 def test_a_run_learns_and_freezes_and_compiles_once(base_dir, tmp_path, bases):
     config = run_config(base_dir, tmp_path / "run", train_steps=12, train_eval_every=6)
     summary = run(config)
@@ -63,6 +78,7 @@ def test_a_run_learns_and_freezes_and_compiles_once(base_dir, tmp_path, bases):
     for name in ("config.yaml", "checkpoints", "adapter/adapter.json", "summary.json"):
         assert (tmp_path / "run" / name).exists()
     assert compiled_steps(tmp_path / "run") == [1]
+    check_summary(tmp_path / "run", config)
     chex.assert_trees_all_equal(bases[0].base.params, load_base(base_dir).params)
     with pytest.raises(RunError, match="not empty"):
         run(config)
@@ -222,3 +238,13 @@ def test_what_could_not_be_trained_or_scored_is_refused_before_anything_is_writt
 def test_moments_that_would_divide_by_zero_are_refused(changes):
     with pytest.raises(ValueError, match=f"optimizer.{next(iter(changes))}="):
         OptimizerConfig(**changes)
+
+
+def test_too_little_memory_is_one_line_with_the_settings_that_lower_it(base_dir, tmp_path):
+    def exhaust(_):
+        jax.block_until_ready(jax.numpy.zeros((1 << 48,)))
+        return True
+
+    words = r"too little memory on cpu .*train\.accumulate=1 \(now 8 rows.*data\.max_length=24"
+    with pytest.raises(ValueError, match=words):
+        run(run_config(base_dir, tmp_path / "run"), on_step=exhaust)
