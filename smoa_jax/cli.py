@@ -5,7 +5,7 @@
     smoa generate  --model PATH [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
     smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
     smoa import    --model PATH --peft DIR --output DIR
-    smoa inspect   --model PATH [--adapter DIR] [--plot FILE.png]
+    smoa inspect   --model PATH [--adapter DIR [--compare DIR]] [--plot FILE.png]
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
 run that was asked to stop and has saved exits with 75, an aborted one with 130.
@@ -311,8 +311,13 @@ def _write(command: str, function: Callable[..., int], arguments: list[str]) -> 
 def _inspect(arguments: list[str]) -> int:
     from smoa_jax.commands.inspect import inspect
 
-    parser = _function_parser("inspect", inspect, skip=set())
-    return inspect(**_parse(parser, arguments).as_dict())
+    parser = _function_parser("inspect", inspect, skip={"details", "as_json"})
+    parser.add_argument(
+        "--details", action="store_true", help="Every layer's update, not a row for each kernel"
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
+    options = _parse(parser, arguments).as_dict()
+    return inspect(as_json=options.pop("json"), **options)
 
 
 def _function_parser(
