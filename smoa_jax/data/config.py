@@ -56,10 +56,10 @@ class DataConfig:
         source: ``files``, or a generator: ``arithmetic`` or ``reasoning_gym``; ``auto``: files
             where files are named, and never a generated task.
         train_files: JSON, JSON Lines or Parquet files.
-        eval_files: Held-out files; empty: rows are taken out of ``train_files``.
+        eval_files: Held-out files; empty: rows of ``train_files``.
         train_limit: Use at most this many rows of ``train_files``; 0: all.
         eval_limit: Use at most this many rows of ``eval_files``; 0: all.
-        eval_rows: Rows to take out of ``train_files`` when there are no ``eval_files``.
+        eval_rows: Rows of ``train_files`` to hold out instead.
         eval_fraction: The same as a share of the rows; set one of the two.
         on_bad_row: ``error`` stops at a row without the expected fields; ``skip`` counts it.
         task: What to generate.

@@ -410,31 +410,3 @@ def test_the_peft_export_gives_the_adapted_logits_in_peft(trained, capsys, tmp_p
     with torch.no_grad():
         theirs = model(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(theirs, adapted_logits(trained)[0], atol=1e-3)
-
-
-# ----------------------------------------------------------------------------------------- help
-
-
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("train", ["--config", "--model.path", "--adapter.rank", "--resume", "--overwrite"]),
-        ("evaluate", ["--config", "--adapter_dir", "--evaluation.rows"]),
-        ("generate", ["--model", "--prompt TEXT", "--adapter", "--template", "--num_beams"]),
-        ("export", ["--model", "--adapter", "--output", "--format", "--dtype", "--overwrite"]),
-        ("import", ["--model", "--peft", "--output", "--overwrite"]),
-        ("inspect", ["--model", "--adapter", "--target_modules", "--layers", "--plot"]),
-    ],
-)
-def test_help_of_a_command_names_its_options(capsys, command, options):
-    text = shown(capsys, [command, "--help"]).out
-    assert text.startswith(f"usage: smoa {command}")
-    for option in options:
-        assert option in text
-
-
-def test_help_lists_the_commands_and_so_does_a_mistyped_one(capsys):
-    text = shown(capsys, ["--help"]).out
-    for command in ("train", "evaluate", "generate", "export", "import", "inspect"):
-        assert f"smoa {command}" in text
-    assert "did you mean export?" in refusal(capsys, ["exprot"])
