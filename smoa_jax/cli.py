@@ -5,10 +5,11 @@
     smoa generate  --model PATH [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
     smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
     smoa import    --model PATH --peft DIR --output DIR
-    smoa inspect   --model PATH [--adapter DIR] [--plot FILE.png]
+    smoa inspect   --model PATH [--adapter DIR [--compare DIR]] [--plot FILE.png]
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
-run that was asked to stop and has saved exits with 75, an aborted one with 130.
+run that was asked to stop and has saved exits with 75, an aborted one with 130. Until a command is
+known, nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -24,20 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoa_jax.checks import require
+from smoa_jax.commands.help import COMMANDS, asked_for, command_page, first_page
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from smoa_jax.training.config import RunConfig
-
-_DESCRIPTIONS = {
-    "train": "Fine-tune a model with an adapter, as a configuration file says.",
-    "evaluate": "Score a trained adapter: held-out loss, and answers by free generation.",
-    "generate": "Continue prompts with a model, adapted or not.",
-    "export": "Write a merged Hugging Face or Orbax directory, or an adapter that PEFT opens.",
-    "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
-    "inspect": "Show what an adapter touches and, once trained, the spectrum of its updates.",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,15 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"smoa {__version__}")
         return 0
     if not words or words[0] in ("-h", "--help"):
-        print((__doc__ or "").strip())
-        for name, text in _DESCRIPTIONS.items():
-            print(f"  {name:9s} {text}")
+        print(first_page(), end="")
         return 0 if words else 2
     command = words[0]
-    if command not in _DESCRIPTIONS:
-        near = difflib.get_close_matches(command, _DESCRIPTIONS, n=1)
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return _fail(f"got command {command!r}; expected {', '.join(_DESCRIPTIONS)}{hint}")
+        return _fail(f"got command {command!r}; expected {', '.join(COMMANDS)}{hint}")
     return _run(command, words[1:])
 
 
@@ -79,7 +70,7 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
 def _run(command: str, arguments: list[str]) -> int:
     _quieten_libraries()
     try:
-        return _COMMANDS[command](arguments)
+        return _RUNS[command](arguments)
     except SystemExit as done:  # --help and --print_config, once they have printed
         return int(done.code or 0)
     except ModuleNotFoundError as error:
@@ -116,8 +107,8 @@ def _quieten_libraries() -> None:
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     from jsonargparse import ArgumentError
 
-    if "-h" in arguments or "--help" in arguments:
-        parser.print_help()
+    if page := asked_for(arguments):
+        print(command_page(parser, page))
         raise SystemExit(0)
     try:
         return parser.parse_args(list(arguments))
@@ -128,7 +119,9 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     except ArgumentError as error:
         message = _reworded(" ".join(str(error).split()))
         known = [action.dest for action in parser._actions]
-        raise ValueError(f"{message}{_hint(message, known)}; see --help for all options") from error
+        raise ValueError(
+            f"{message}{_hint(message, known)}; see {parser.prog} --help all"
+        ) from error
 
 
 def _reworded(message: str) -> str:
@@ -171,9 +164,7 @@ def _run_parser(command: str) -> ArgumentParser:
 
     from smoa_jax.training.config import RunConfig
 
-    parser = ArgumentParser(
-        prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
-    )
+    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of a run")
     parser.add_class_arguments(RunConfig, None)
     return parser
@@ -191,14 +182,14 @@ def _train(arguments: list[str]) -> int:
     from smoa_jax.commands.train import preview_rows, train
 
     parser = _run_parser("train")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
+    parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="Delete the run that is there")
     parser.add_argument(
         "--preview",
         type=int,
         default=0,
         metavar="ROWS",
-        help="show so many rows, what is learned of them marked, and do nothing else",
+        help="Show so many rows, with what is learned of them, and do no more",
     )
     parsed = _parse(parser, arguments)
     config = _run_config(parser, parsed)
@@ -216,11 +207,11 @@ def _evaluate(arguments: list[str]) -> int:
     # adapter_dir is what it was called before.
     words = [re.sub(r"^--adapter(?=$|=)", "--adapter_dir", word) for word in arguments]
     parser = _run_parser("evaluate")
-    parser.add_argument("--adapter_dir", required=True, help="adapter directory, or a run's")
+    parser.add_argument("--adapter_dir", required=True, help="Adapter directory, or a run's")
     parser.add_argument(
         "--checkpoint", default="", help="best, last or a step's number, of the run; else as it is"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
     parser.set_defaults(_said_by_adapter(words))
     parsed = _parse(parser, words)
     config = _run_config(parser, parsed)
@@ -272,13 +263,13 @@ def _generate(arguments: list[str]) -> int:
         action="append",
         metavar="TEXT",
         default=[],
-        help="a prompt; may be given several times, or as one JSON list of texts",
+        help="A prompt; may be given several times, or as one JSON list of texts",
     )
     parser.add_argument(
-        "--prompt_file", default="", metavar="FILE", help="prompts, one a line; - is standard input"
+        "--prompt_file", default="", metavar="FILE", help="Prompts, one a line; - is standard input"
     )
     parser.add_argument(
-        "--chat", action="store_true", help="converse, line by line, under the template chat"
+        "--chat", action="store_true", help="Converse, line by line, under the template chat"
     )
     options = dict(vars(parser.instantiate(_parse(parser, arguments))))
     texts = [text for word in options.pop("prompt") for text in _texts(word)]
@@ -312,15 +303,20 @@ def _import(arguments: list[str]) -> int:
 def _write(command: str, function: Callable[..., int], arguments: list[str]) -> int:
     """Run a command that writes a directory, with ``--overwrite`` as a plain flag."""
     parser = _function_parser(command, function, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace what output holds")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what output holds")
     return function(**_parse(parser, arguments).as_dict())
 
 
 def _inspect(arguments: list[str]) -> int:
     from smoa_jax.commands.inspect import inspect
 
-    parser = _function_parser("inspect", inspect, skip=set())
-    return inspect(**_parse(parser, arguments).as_dict())
+    parser = _function_parser("inspect", inspect, skip={"details", "as_json"})
+    parser.add_argument(
+        "--details", action="store_true", help="Every layer's update, not a row for each kernel"
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
+    options = _parse(parser, arguments).as_dict()
+    return inspect(as_json=options.pop("json"), **options)
 
 
 def _function_parser(
@@ -329,9 +325,7 @@ def _function_parser(
     """A parser whose options are the keyword arguments of a command, but those in ``skip``."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(
-        prog=f"smoa {command}", description=_DESCRIPTIONS[command], exit_on_error=False
-    )
+    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False)
     parser.add_function_arguments(function, as_positional=False, skip=skip)
     return parser
 
@@ -347,7 +341,7 @@ def _texts(word: str) -> list[str]:
     return [word]
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+_RUNS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,

@@ -48,8 +48,8 @@ class SmoaConfig:
     """Configuration of an adapter.
 
     Args:
-        rank: Total rank R of a kernel, shared out over its subspaces.
-        num_subspaces: M, the number of blocks or bands (the papers' K).
+        rank: R of a kernel, shared out over its subspaces.
+        num_subspaces: M, how many blocks or bands (the papers' K).
         partition: How a kernel's entries are divided into subspaces.
         modulation: ``weight`` multiplies the low-rank product by the frozen weight, entry by
             entry; ``none`` adds it as it is.
@@ -64,7 +64,7 @@ class SmoaConfig:
         rank_pattern: Regular expression on the whole dotted path -> R of the kernels it matches.
         scaling: ``alpha/r`` or, rank-stabilised, ``alpha/sqrt(r)``.
         kernel_views: Regular expression on the dotted path of a kernel -> how its axes form
-            layers, inputs and outputs, such as ``"L | D | N H"`` (see ``views.py``).
+            layers, inputs and outputs, such as ``"L | D | N H"``.
 
     Raises:
         ValueError: for any value or combination that has no meaning.

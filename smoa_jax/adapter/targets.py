@@ -102,9 +102,9 @@ def find_targets(params: Params, config: SmoaConfig) -> list[Target]:
         ValueError: if there is none, or if any name, pattern or layer matches nothing.
     """
     kernels = _kernels(params, config)
-    chosen = _match("target_modules", config.target_modules, list(kernels))
+    chosen = match_names("target_modules", config.target_modules, list(kernels))
     if config.exclude_modules:
-        chosen -= _match("exclude_modules", config.exclude_modules, list(kernels))
+        chosen -= match_names("exclude_modules", config.exclude_modules, list(kernels))
     targets = [_target(name, kernels[name], config) for name in sorted(chosen)]
     selected = [target for target in targets if any(target.selected)]
     _check_patterns(params, config, list(kernels), targets)
@@ -177,8 +177,12 @@ def _target(name: str, kernel: _Kernel, config: SmoaConfig) -> Target:
     )
 
 
-def _match(field: str, wanted: str | Sequence[str], names: list[str]) -> set[str]:
-    """The names that ``target_modules`` or ``exclude_modules`` mean."""
+def match_names(field: str, wanted: str | Sequence[str], names: list[str]) -> set[str]:
+    """The dotted paths that ``target_modules`` or ``exclude_modules`` mean.
+
+    Raises:
+        ValueError: if any name or pattern matches nothing.
+    """
     if isinstance(wanted, str):
         if wanted == "all-linear":
             return {n for n in names if not _HEADS_AND_EMBEDDINGS & set(n.split("."))}
@@ -243,9 +247,8 @@ def _check_matches(
     refuse(
         f"{field} entry {pattern!r}, which matches no kernel",
         kinds,
-        f"near misses: {', '.join(near)}"
-        if near
-        else f"kernels there are: {', '.join(sorted(last)[:12]) or 'no kernels at all'}",
+        (f"near misses: {', '.join(near)}; " if near else "")
+        + f"kernels there are: {', '.join(sorted(last)[:12]) or 'no kernels at all'}",
     )
 
 

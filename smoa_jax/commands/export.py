@@ -54,7 +54,7 @@ def export(
     Kernel by kernel, but for orbax, which holds the merged model once.
 
     Args:
-        model: The base it was trained on: Hugging Face directory or GGUF file.
+        model: The base it was trained on: Hugging Face directory, GGUF file, or a name on the hub.
         adapter: Adapter directory, or a run's.
         output: Directory to write; must not hold anything.
         checkpoint: best, last or a step's number, of the run that adapter names or lies in; empty:

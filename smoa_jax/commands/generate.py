@@ -49,7 +49,7 @@ def generate(
     """Continue prompts.
 
     Args:
-        model: Hugging Face directory or GGUF file.
+        model: Hugging Face directory, GGUF file, or a name on the hub.
         prompt: A prompt, or a list of them.
         system: What a conversation begins with, under the template chat.
         chat: Converse, line by line, under the template chat.
@@ -59,10 +59,10 @@ def generate(
         template: What the prompts are put into; auto: what the adapter was trained with, else the
             tokenizer's chat template if it has one, else plain.
         max_new_tokens: Longest response.
-        temperature: 0: greedy.
+        temperature: Of sampling; 0: greedy.
         top_k: Most probable tokens that sampling keeps; 0: all.
         top_p: Share of probability that sampling keeps.
-        num_beams: Above 1: beam search.
+        num_beams: Beams to search with; 1: none.
         seed: Of sampling.
         dtype: Of weights and activations; auto: float32 on CPU, else bfloat16.
         spectra_cache_dir: Where spectral bands are kept: auto, off or a directory.

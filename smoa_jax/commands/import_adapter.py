@@ -18,7 +18,7 @@ def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = Fals
     """Make an adapter of one that PEFT wrote.
 
     Args:
-        model: The base it was trained on: Hugging Face directory or GGUF file.
+        model: The base it was trained on: Hugging Face directory, GGUF file, or a name on the hub.
         peft: Directory of a LoRA or HiRA adapter, or organisation/adapter on the hub.
         output: Adapter directory to write; must not hold anything.
         overwrite: Replace the adapter that output holds.

@@ -76,13 +76,13 @@ class DataConfig:
         source: ``files``, ``hub``, or a generator: ``arithmetic`` or ``reasoning_gym``; ``auto``:
             files or hub, whichever is named, and never a generated task.
         train_files: JSON, JSON Lines or Parquet files.
-        eval_files: Held-out files; empty: rows are taken out of the training rows.
+        eval_files: Held-out files; empty: rows of the training rows.
         hub: A data set of the Hugging Face hub in place of files.
         columns: What the rows call the fields that this project knows, as in ``{instruction:
             question, output: answer}``; others are called as they are.
         train_limit: Use at most this many training rows; 0: all.
         eval_limit: Use at most this many held-out rows of a file or split; 0: all.
-        eval_rows: Rows to take out of the training rows, without held-out files or split.
+        eval_rows: Training rows to hold out instead.
         eval_fraction: The same as a share of the rows; set one of the two.
         on_bad_row: ``error`` stops at a row without the expected fields; ``skip`` counts it.
         task: What to generate.

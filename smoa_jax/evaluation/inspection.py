@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.modulation import residual
-from smoa_jax.adapter.targets import find_targets
+from smoa_jax.adapter.targets import Target, find_targets
 from smoa_jax.adapter.tree import count_target
 from smoa_jax.adapter.types import Modulation, Params
-from smoa_jax.checks import require
 
 #: Singular values below this share of the largest do not count towards a rank.
 RANK_TOLERANCE = 1e-5
@@ -23,13 +21,34 @@ RANK_TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetRow:
-    """One kernel of a stack as a report shows it."""
+    """One kernel of a stack as a report shows it.
+
+    ``selected`` holds the indices of the layers that are adapted, 0 for a kernel without a stack;
+    ``ranks`` those of the subspaces.
+    """
 
     name: str
-    layers: int
+    stacked: bool
+    selected: tuple[int, ...]
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
     trainable: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers are adapted."""
+        return len(self.selected)
+
+    @property
+    def rank(self) -> int:
+        """R, of all subspaces together."""
+        return sum(self.ranks)
+
+    def among(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """The adapted layers that are in ``layers``; all if it is empty or there is no stack."""
+        if not layers or not self.stacked:
+            return self.selected
+        return tuple(layer for layer in self.selected if layer in layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,19 +65,43 @@ class UpdateSpectrum:
     rank: int
     relative_norm: float
 
+    @property
+    def largest(self) -> float:
+        """The largest singular value."""
+        return float(self.singular_values[0])
+
+    @property
+    def median(self) -> float:
+        """The singular value in the middle."""
+        return float(self.singular_values[len(self.singular_values) // 2])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateSummary:
+    """The updates of one kernel, each figure as least, median and greatest over its layers."""
+
+    name: str
+    layers: int
+    full_rank: int
+    rank: tuple[float, float, float]
+    relative_norm: tuple[float, float, float]
+    largest: tuple[float, float, float]
+
 
 def target_rows(base_params: Params, config: SmoaConfig) -> list[TargetRow]:
     """What ``config`` would train of a (possibly abstract) tree."""
-    return [
-        TargetRow(
-            name=target.name,
-            layers=sum(target.selected),
-            shape=target.matrix_shape[-2:],
-            ranks=target.subspace_ranks,
-            trainable=count_target(target, config),
-        )
-        for target in find_targets(base_params, config)
-    ]
+    return [_row(target, config) for target in find_targets(base_params, config)]
+
+
+def _row(target: Target, config: SmoaConfig) -> TargetRow:
+    return TargetRow(
+        name=target.name,
+        stacked=bool(target.leading),
+        selected=tuple(layer for layer, chosen in enumerate(target.selected) if chosen),
+        shape=target.matrix_shape[-2:],
+        ranks=target.subspace_ranks,
+        trainable=count_target(target, config),
+    )
 
 
 def update_spectrum(
@@ -77,53 +120,26 @@ def update_spectrum(
     )
 
 
-def plot_spectra(spectra: Sequence[UpdateSpectrum], path: str | Path) -> None:
-    """Singular values of the updates, one panel per kernel, one line per layer, as PNG.
+def summarise(spectra: Sequence[UpdateSpectrum]) -> list[UpdateSummary]:
+    """One summary for each kernel, in the order of ``spectra``."""
+    kernels: dict[str, list[UpdateSpectrum]] = {}
+    for spectrum in spectra:
+        kernels.setdefault(spectrum.name, []).append(spectrum)
+    return [
+        UpdateSummary(
+            name=name,
+            layers=len(found),
+            full_rank=len(found[0].singular_values),
+            rank=_spread(found, lambda spectrum: spectrum.rank),
+            relative_norm=_spread(found, lambda spectrum: spectrum.relative_norm),
+            largest=_spread(found, lambda spectrum: spectrum.largest),
+        )
+        for name, found in kernels.items()
+    ]
 
-    Raises:
-        ImportError: without the extra ``plot``.
-        ValueError: if every update is zero, as before any training.
-    """
-    try:
-        import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-    except ImportError as error:
-        raise ImportError(
-            "got no matplotlib; expected the extra 'plot'; pip install 'smoa-jax[plot]'"
-        ) from error
-    require(
-        any(spectrum.rank for spectrum in spectra),
-        "an adapter whose updates are all zero",
-        "a trained one",
-        "train it first",
-    )
-    names = sorted({spectrum.name for spectrum in spectra})
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )
-    depth = max(spectrum.layer for spectrum in spectra) + 1
-    colors = plt.get_cmap("viridis")
-    for place, name in enumerate(names):
-        axis = axes.flat[place]
-        for spectrum in (s for s in spectra if s.name == name and s.rank):
-            values = spectrum.singular_values / spectrum.singular_values[0]
-            index = np.arange(1, len(values) + 1)
-            axis.semilogy(index, values, color=colors(spectrum.layer / max(depth - 1, 1)), lw=0.9)
-        axis.set_title(name.removeprefix("layers."), fontsize=10)
-        axis.set_ylim(1e-7, 2)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    figure.supxlabel("index of singular value")
-    figure.supylabel("singular value of the update, relative to its largest")
-    if depth > 1:
-        scale = ScalarMappable(cmap=colors, norm=Normalize(0, depth - 1))
-        figure.colorbar(scale, ax=axes, label="layer")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _spread(
+    spectra: Sequence[UpdateSpectrum], figure: Callable[[UpdateSpectrum], float]
+) -> tuple[float, float, float]:
+    values = [figure(spectrum) for spectrum in spectra]
+    return float(min(values)), float(np.median(values)), float(max(values))

@@ -32,7 +32,7 @@ class DistributedConfig:
     Args:
         initialize: Whether the run has several processes.
         coordinator_address: ``host:port`` of the first process; empty: found by itself.
-        num_processes: 0: found by itself.
+        num_processes: How many; 0: found by itself.
         process_id: Of this process, from 0; -1: found by itself.
 
     Raises:

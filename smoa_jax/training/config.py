@@ -35,7 +35,8 @@ class ModelConfig:
         path: Hugging Face directory, GGUF file, or a name on the hub.
         dtype: Of the weights in memory; ``auto`` is float32 on CPU and bfloat16 elsewhere.
         compute_dtype: Of activations; ``auto`` likewise.
-        remat: What a layer keeps for its backward pass, by name: one of ``REMAT_NAMES``.
+        remat: What a layer keeps for its backward pass: ``none`` (everything), ``dots``,
+            ``dots_no_batch``, ``projections`` or ``full`` (its input alone).
         attention: Of whole sequences: ``xla``, everywhere; ``splash``, on a TPU; ``cudnn``, on an
             NVIDIA GPU; ``auto`` takes what devices, model and row lengths are fit for.
         sharding_rules: Path pattern -> mesh axis of each dimension; empty: the decoder's own.
@@ -78,13 +79,14 @@ class OptimizerConfig:
     """AdamW and its schedule.
 
     Args:
-        learning_rate: Peak; None: the method's own default (``DEFAULT_LEARNING_RATES``).
+        learning_rate: The highest; unless given, 1e-2 where factors multiply the weight, else 1e-3.
         warmup_steps: Linear warm-up from 0.
         max_warmup_share: Of a run's steps that its warm-up may take; a longer one is cut, and the
             run says so.
-        schedule: After it: ``linear`` or ``cosine`` decay to ``final_fraction``, or ``constant``.
+        schedule: After the warm-up: ``linear`` or ``cosine`` decay to ``final_fraction``, or
+            ``constant``.
         final_fraction: Of the peak, reached at the last step.
-        weight_decay: Decoupled, on the factors.
+        weight_decay: On the factors, decoupled.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         epsilon: Added to the root of the second moment.
@@ -151,8 +153,8 @@ class TrainConfig:
         keep_best: Best checkpoints to keep, by held-out loss.
         max_skipped: Steps with a loss or gradient that is not finite before the run stops.
         loss_chunk: Positions whose logits exist at a time.
-        tensorboard: Write TensorBoard files too (extra ``track``).
-        wandb: Project of Weights & Biases to send metrics to (extra ``track``); empty: none.
+        tensorboard: Write TensorBoard files too (needs the extra ``track``).
+        wandb: Project of Weights & Biases to send metrics to (needs the extra ``track``).
     """
 
     output_dir: str
@@ -214,7 +216,8 @@ class GenerationEvalConfig:
         rows: Questions to score, from the start of the held-out rows; 0: no scoring.
         max_new_tokens: Longest answer.
         batch_size: Questions at a time.
-        answer: How an answer is found in the text: the protocols of ``evaluation/answers.py``.
+        answer: How an answer is found in the text: all of it (``exact``), its last ``number``, or
+            the first label of the task (``choice``).
         task: A task of the papers whose labels ``choice`` looks for, such as boolq; empty: the
             labels of all of them.
         before: Score the base model too.

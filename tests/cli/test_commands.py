@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import struct
 
 import jax
 import jax.numpy as jnp
@@ -411,62 +410,3 @@ def test_the_peft_export_gives_the_adapted_logits_in_peft(trained, capsys, tmp_p
     with torch.no_grad():
         theirs = model(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(theirs, adapted_logits(trained)[0], atol=1e-3)
-
-
-# -------------------------------------------------------------------------------------- inspect
-
-
-def test_inspect_counts_what_an_adapter_would_train(trained, capsys):
-    words = ["--rank", 4, "--num_subspaces", 2, "--target_modules", '["q_proj", "down_proj"]']
-    text = shown(capsys, ["inspect", "--model", trained.base, *words]).out
-    assert "layers.self_attn.q_proj" in text
-    assert "layers.mlp.down_proj" in text
-    assert "k_proj" not in text
-    count = 2 * ((32 + 64) * 2 + (48 + 32) * 2)
-    total = sum(leaf.size for leaf in jax.tree.leaves(load_base(trained.base).params))
-    assert f"trained {count:,} of {total:,} base parameters: {count / total:.3%}" in text
-
-
-def test_inspect_shows_full_rank_updates_of_a_low_rank_adapter(trained, capsys, tmp_path):
-    """The method's point: rank 8 factors, updates of the full rank of 32."""
-    plot = tmp_path / "new" / "spectra.png"
-    words = ["--adapter", trained.adapter, "--layers", 1, "--plot", plot]
-    text = shown(capsys, ["inspect", "--model", trained.base, *words]).out
-    rows = [line for line in text.splitlines() if " of 32 " in line]
-    assert [row.split()[1] for row in rows] == ["mlp.down_proj", "self_attn.q_proj"]
-    assert all(int(re.search(r"(\d+) of 32", row)[1]) > 16 for row in rows)
-    assert f"plot: {plot}" in text
-    data = plot.read_bytes()
-    assert data[:16] == b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-    assert data[-8:-4] == b"IEND"
-    width, height = struct.unpack(">II", data[16:24])
-    assert width > 400
-    assert height > 400
-
-
-# ----------------------------------------------------------------------------------------- help
-
-
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("train", ["--config", "--model.path", "--adapter.rank", "--resume", "--overwrite"]),
-        ("evaluate", ["--config", "--adapter_dir", "--evaluation.rows"]),
-        ("generate", ["--model", "--prompt TEXT", "--adapter", "--template", "--num_beams"]),
-        ("export", ["--model", "--adapter", "--output", "--format", "--dtype", "--overwrite"]),
-        ("import", ["--model", "--peft", "--output", "--overwrite"]),
-        ("inspect", ["--model", "--adapter", "--target_modules", "--layers", "--plot"]),
-    ],
-)
-def test_help_of_a_command_names_its_options(capsys, command, options):
-    text = shown(capsys, [command, "--help"]).out
-    assert text.startswith(f"usage: smoa {command}")
-    for option in options:
-        assert option in text
-
-
-def test_help_lists_the_commands_and_so_does_a_mistyped_one(capsys):
-    text = shown(capsys, ["--help"]).out
-    for command in ("train", "evaluate", "generate", "export", "import", "inspect"):
-        assert f"smoa {command}" in text
-    assert "did you mean export?" in refusal(capsys, ["exprot"])

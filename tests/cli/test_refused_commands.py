@@ -151,19 +151,6 @@ COMMANDS = {
         ["generate", "--model", "BASE", "--prompt", "a", "--template", "alpacca"],
         ["template=alpacca", "auto, alpaca, chat, plain"],
     ),
-    "a plot of nothing": (["inspect", "--model", "BASE", "--plot", "p.png"], ["--adapter"]),
-    "a plot that is no PNG": (
-        ["inspect", "--model", "BASE", "--adapter", "ADAPTER", "--plot", "p.jpeg"],
-        ["p.jpeg", ".png"],
-    ),
-    "a layer that is not there": (
-        ["inspect", "--model", "BASE", "--adapter", "ADAPTER", "--layers", "[2]"],
-        ["--layers [2]", "from 0 to 1"],
-    ),
-    "an unknown partition": (
-        ["inspect", "--model", "BASE", "--partition", "bands"],
-        ["partition='bands'", "spectral_bands"],
-    ),
     "evaluate without an adapter": (
         ["evaluate", "--config", "CONFIG"],
         ["adapter_dir"],

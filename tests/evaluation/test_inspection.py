@@ -12,7 +12,7 @@ import pytest
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.merge import merge_smoa
 from smoa_jax.adapter.tree import apply_smoa
-from smoa_jax.evaluation.inspection import plot_spectra, target_rows, update_spectrum
+from smoa_jax.evaluation.inspection import summarise, target_rows, update_spectrum
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,22 @@ def test_spectra_are_those_of_what_merging_changes(base, kind):
     assert ranks == full
 
 
-def test_a_plot_is_a_picture_and_an_untrained_adapter_has_none(base, tmp_path):
-    plot_spectra(spectra_of(adapted(base, CONFIGS["blocks"])), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    untrained = spectra_of(apply_smoa(base, CONFIGS["blocks"], jax.random.key(1)))
-    assert {spectrum.rank for spectrum in untrained} == {0}
-    with pytest.raises(ValueError, match="updates are all zero"):
-        plot_spectra(untrained, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+def test_a_summary_holds_least_median_and_greatest_of_each_kernel(base):
+    spectra = spectra_of(adapted(base, CONFIGS["blocks"]))
+    stack, alone = summarise(spectra)
+    norms = sorted(spectrum.relative_norm for spectrum in spectra[:3])
+    assert (stack.name, stack.layers, stack.full_rank) == ("layers.q_proj", 3, 12)
+    assert stack.relative_norm == pytest.approx(tuple(norms))
+    assert stack.rank == (12, 12, 12)
+    assert stack.largest == pytest.approx(tuple(sorted(s.largest for s in spectra[:3])))
+    assert (alone.name, alone.layers, alone.full_rank) == ("v_proj", 1, 10)
+    assert len(set(alone.largest)) == 1
+
+
+def test_a_row_knows_which_layers_are_adapted_and_which_of_them_are_asked_for(base):
+    config = dataclasses.replace(CONFIGS["blocks"], layers=(0, 2))
+    stack, alone = target_rows(base, config)
+    assert stack.selected == (0, 2)
+    assert stack.among([]) == (0, 2)
+    assert stack.among([1, 2]) == (2,)
+    assert (alone.stacked, alone.selected, alone.among([1, 2])) == (False, (0,), (0,))

@@ -8,7 +8,7 @@ both added in float32. So an export needs neither an accelerator nor room for th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,15 @@ class MergedReader:
         """The ends of the base's own tensor."""
         return self._base.reader.ends(name, size)
 
-    def layers(self, chosen: tuple[int, ...] = ()) -> Iterator[AdaptedLayer]:
-        """Every adapted layer, kernel by kernel; only those in ``chosen`` of stacked kernels."""
+    def layers(self, wanted: Mapping[str, Collection[int]] | None = None) -> Iterator[AdaptedLayer]:
+        """Every adapted layer, kernel by kernel; of ``wanted``, by name, only the layers there."""
         slots: dict[TreePath, list[TensorSlot]] = {}
         for slot in self._base.slots.values():
             slots.setdefault(slot.path, []).append(slot)
         for path in sorted(self._modulations, key=lambda path: self._modulations[path][0]):
+            name = self._modulations[path][0]
             for slot in slots[path]:
-                if not chosen or slot.layer is None or slot.layer in chosen:
+                if wanted is None or (slot.layer or 0) in wanted.get(name, ()):
                     yield self._layer(slot)
 
     def report(self) -> dict[str, MergeLoss]:

@@ -128,7 +128,7 @@ def test_layers_are_walked_kernel_by_kernel_and_can_be_chosen(base_directory, tm
     depth = CONFIG["num_hidden_layers"]
     walked = [(layer.name.rsplit(".")[-1], layer.layer) for layer in reader.layers()]
     assert walked == [(name, layer) for name in names for layer in range(depth)]
-    (only,) = [layer for layer in reader.layers((1,)) if layer.name.endswith("k_proj")]
+    (only,) = reader.layers({"layers.self_attn.k_proj": [1]})
     kernel = params["layers"]["self_attn"]["k_proj"]["kernel"][1]
     np.testing.assert_array_equal(only.weight, kernel)
 
