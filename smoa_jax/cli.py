@@ -307,6 +307,16 @@ def _write(command: str, function: Callable[..., int], arguments: list[str]) -> 
     return function(**_parse(parser, arguments).as_dict())
 
 
+def _upload(arguments: list[str]) -> int:
+    from smoa_jax.commands.upload import upload
+
+    parser = _function_parser("upload", upload, skip={"public"})
+    parser.add_argument(
+        "--public", action="store_true", help="Let everybody see a repository that is made"
+    )
+    return upload(**_parse(parser, arguments).as_dict())
+
+
 def _inspect(arguments: list[str]) -> int:
     from smoa_jax.commands.inspect import inspect
 
@@ -348,6 +358,7 @@ _RUNS: dict[str, Callable[[list[str]], int]] = {
     "export": _export,
     "import": _import,
     "inspect": _inspect,
+    "upload": _upload,
 }
 
 if __name__ == "__main__":

@@ -74,13 +74,15 @@ def model_card(
     header: dict[str, object] = {"tags": ["smoa", "jax", kind]}
     if is_hub_name(base_name) and not Path(base_name).exists():
         header["base_model"] = base_name
+    else:  # where it lies on this machine is nobody else's business
+        base_name = Path(base_name).name
     if kind == "peft":
         header["library_name"] = "peft"
     elif kind == "huggingface":
         header["library_name"] = "transformers"
     rows = {"base": base_name, "method": method_name(config), **_settings(config), **(facts or {})}
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
-    name = base_name.rstrip("/").rsplit("/", 1)[-1]
+    name = Path(base_name).name
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}, adapted\n\n"
         f"| | |\n|---|---|\n{table}\n\n## How to use it\n{_USES[kind].format(base=base_name)}\n"

@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "Write a trained adapter for other tools, merged or for PEFT.",
     "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
     "inspect": "Show what an adapter touches and what it has learned.",
+    "upload": "Put an adapter or an export on the Hugging Face hub.",
 }
 
 _FIRST_PAGE = """\
@@ -124,6 +125,7 @@ _PAGES = {
             "             [OPTION ...]",
         )
     ),
+    "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),
 }
 
 #: What the parser knows by another name, and what of it isn't ours to word.
@@ -131,7 +133,7 @@ _HEADS = {"adapter_dir": "--adapter DIR", "print_config": "--print_config"}
 _WORDS = {"print_config": "Show the configuration that the options make, and do no more"}
 #: What stands for a value, by the option's last name or else its kind.
 _PLACEHOLDERS = {
-    **dict.fromkeys(("adapter", "compare", "output", "output_dir", "peft"), "DIR"),
+    **dict.fromkeys(("adapter", "compare", "directory", "output", "output_dir", "peft"), "DIR"),
     **dict.fromkeys(("spectra_cache", "spectra_cache_dir"), "DIR"),
     **dict.fromkeys(("model", "path"), "MODEL"),
     **{"config": "FILE", "plot": "FILE.png", "checkpoint": "WHICH", "target_modules": "NAMES"},

@@ -17,6 +17,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.checkpoint.base import abstract_base
 from smoa_jax.checkpoint.directories import put_back
 from smoa_jax.checkpoint.errors import CheckpointError, require
+from smoa_jax.checkpoint.huggingface.directory import download, is_hub_name
 from smoa_jax.checkpoint.native.directory import ADAPTER_FILE, save_adapter
 from smoa_jax.checkpoint.native.leaves import attach_leaves
 from smoa_jax.training.checkpoints import TrainingCheckpoints
@@ -31,7 +32,7 @@ def adapter_directory(path: str | Path, checkpoint: str, model: str) -> Iterator
     ...     params = load_adapter(adapter, base.params, base_fingerprint=base.fingerprint)
 
     Args:
-        path: An adapter's directory, or a run's.
+        path: An adapter's directory, a run's, or ``organisation/adapter`` on the hub.
         checkpoint: Empty: the adapter as it stands there. ``best`` (by held-out loss), ``last`` or
             a step's number: of the run's checkpoints.
         model: The base, of which names and shapes alone are read.
@@ -41,6 +42,8 @@ def adapter_directory(path: str | Path, checkpoint: str, model: str) -> Iterator
     """
     given = Path(path).expanduser()
     put_back(given)
+    if not given.exists() and is_hub_name(str(path)):
+        given = download(str(path), weights=True)
     run = _run_of(given)
     if not checkpoint:
         yield given if run is None or (given / ADAPTER_FILE).is_file() else _finished(run)
