@@ -1,6 +1,6 @@
 """What to adapt and how: one frozen, validated configuration for the whole family of adapters.
 
-``partition`` x ``modulation`` spans the family (method.md names the papers):
+``partition`` x ``modulation`` spans the family (docs/method.md names the papers):
 
 ============== ===================================== ==========================
 modulation     partition                             member

@@ -23,7 +23,7 @@ DType = Literal["float32", "bfloat16"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 #: Learning rates where none is given: the members whose factors multiply the weight want about ten
-#: times those that add to it (method.md, "Learning rates seen").
+#: times those that add to it (docs/method.md, "Learning rates seen").
 DEFAULT_LEARNING_RATES = {"none": 1e-3, "weight": 1e-2}
 
 
