@@ -35,7 +35,8 @@ class ModelConfig:
         path: Hugging Face directory, GGUF file, or a name on the hub.
         dtype: Of the weights in memory; ``auto`` is float32 on CPU and bfloat16 elsewhere.
         compute_dtype: Of activations; ``auto`` likewise.
-        remat: What a layer keeps for its backward pass, by name: one of ``REMAT_NAMES``.
+        remat: What a layer keeps for its backward pass, from most memory to least: ``none``
+            (everything), ``dots``, ``dots_no_batch``, ``projections`` or ``full`` (its input).
         attention: Of whole sequences: ``xla``, everywhere; ``splash``, on a TPU; ``cudnn``, on an
             NVIDIA GPU; ``auto`` takes what devices, model and row lengths are fit for.
         sharding_rules: Path pattern -> mesh axis of each dimension; empty: the decoder's own.
@@ -78,7 +79,8 @@ class OptimizerConfig:
     """AdamW and its schedule.
 
     Args:
-        learning_rate: Peak; None: the method's own default (``DEFAULT_LEARNING_RATES``).
+        learning_rate: Peak; null: 1e-2 for the members whose factors multiply the weight, 1e-3
+            for those whose factors add to it.
         warmup_steps: Linear warm-up from 0.
         max_warmup_share: Of a run's steps that its warm-up may take; a longer one is cut, and the
             run says so.
@@ -212,7 +214,8 @@ class GenerationEvalConfig:
         rows: Questions to score, from the start of the held-out rows; 0: no scoring.
         max_new_tokens: Longest answer.
         batch_size: Questions at a time.
-        answer: How an answer is found in the text: the protocols of ``evaluation/answers.py``.
+        answer: How an answer is found in the text: ``exact``, the whole of it, spaces and letter
+            case aside; ``number``, its last number; ``choice``, its first label.
         task: A task of the papers whose labels ``choice`` looks for, such as boolq; empty: the
             labels of all of them.
         before: Score the base model too.
