@@ -8,7 +8,7 @@ EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev" if sys.version_info[:2] 
 DEMO_SEED ?= 0
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow docs reference clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; make PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
@@ -44,5 +44,17 @@ lint: $(VENV)/.test-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# The pages of docs/reference/, out of docstrings, dataclasses and parsers.
+reference: $(VENV)/.run
+	$(BIN)/python scripts/reference.py
+
+# The site, into site/; a broken link or anchor fails.
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs reference
+	$(BIN)/zensical build --clean --strict
+
 clean:
-	rm -rf $(VENV) .xla_cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache .xla_cache build *.egg-info .pytest_cache .ruff_cache .hypothesis

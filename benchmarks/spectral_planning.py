@@ -5,7 +5,7 @@
 
 MODEL is a Hugging Face directory or a GGUF file. For every adapted kernel both ways compute the
 spectral scores in float32; float64 SVD is the reference. "The same partition" means the same block
-ids but for coordinates whose score lies within 1e-3 * q of a cut (method.md).
+ids but for coordinates whose score lies within 1e-3 * q of a cut (docs/method.md).
 
 With --shapes instead, random weights: what planning one layer of each shape costs, as
 ``plan_spectra`` does it (one BLAS thread, compilation left out), once, with --svd beside an SVD.

@@ -57,6 +57,11 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
     return _run("train", list(sys.argv[1:] if arguments is None else arguments))
 
 
+def command_parser(command: str) -> ArgumentParser:
+    """The parser of a command's options, as ``smoa COMMAND --help`` shows them."""
+    return _PARSERS[command]()
+
+
 def parse_run(arguments: Sequence[str]) -> RunConfig:
     """A run's configuration from ``--config FILE`` and overrides, validated.
 
@@ -178,9 +183,7 @@ def _run_config(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
     return RunConfig(**{name: made[name] for name in names})
 
 
-def _train(arguments: list[str]) -> int:
-    from smoa_jax.commands.train import preview_rows, train
-
+def _train_parser() -> ArgumentParser:
     parser = _run_parser("train")
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="Delete the run that is there")
@@ -191,6 +194,13 @@ def _train(arguments: list[str]) -> int:
         metavar="ROWS",
         help="Show so many rows, with what is learned of them, and do no more",
     )
+    return parser
+
+
+def _train(arguments: list[str]) -> int:
+    from smoa_jax.commands.train import preview_rows, train
+
+    parser = _train_parser()
     parsed = _parse(parser, arguments)
     config = _run_config(parser, parsed)
     require(parsed.preview >= 0, f"--preview {parsed.preview}", "a number of rows")
@@ -199,19 +209,31 @@ def _train(arguments: list[str]) -> int:
     return train(config, resume=parsed.resume, overwrite=parsed.overwrite)
 
 
-def _evaluate(arguments: list[str]) -> int:
-    from smoa_jax.commands.evaluate import evaluate
-    from smoa_jax.sharding.memory import exhaustion_explained
-
-    # The section adapter of a run's configuration has no say here, so the word names a directory;
-    # adapter_dir is what it was called before.
-    words = [re.sub(r"^--adapter(?=$|=)", "--adapter_dir", word) for word in arguments]
+def _evaluate_parser() -> ArgumentParser:
     parser = _run_parser("evaluate")
     parser.add_argument("--adapter_dir", required=True, help="Adapter directory, or a run's")
     parser.add_argument(
         "--checkpoint", default="", help="best, last or a step's number, of the run; else as it is"
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
+    return parser
+
+
+def evaluate_words(arguments: Sequence[str]) -> list[str]:
+    """The words of ``smoa evaluate`` as its parser knows them.
+
+    The section adapter of a run's configuration has no say there, so ``--adapter`` names a
+    directory; ``--adapter_dir`` is what it was called before.
+    """
+    return [re.sub(r"^--adapter(?=$|=)", "--adapter_dir", word) for word in arguments]
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from smoa_jax.commands.evaluate import evaluate
+    from smoa_jax.sharding.memory import exhaustion_explained
+
+    words = evaluate_words(arguments)
+    parser = _evaluate_parser()
     parser.set_defaults(_said_by_adapter(words))
     parsed = _parse(parser, words)
     config = _run_config(parser, parsed)
@@ -253,9 +275,8 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
     return {"model.path": description.base_name, "train.output_dir": "unused"} | template
 
 
-def _generate(arguments: list[str]) -> int:
+def _generate_parser() -> ArgumentParser:
     from smoa_jax.commands.generate import generate
-    from smoa_jax.sharding.memory import exhaustion_explained
 
     parser = _function_parser("generate", generate, skip={"prompt", "chat"})
     parser.add_argument(
@@ -271,6 +292,14 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument(
         "--chat", action="store_true", help="Converse, line by line, under the template chat"
     )
+    return parser
+
+
+def _generate(arguments: list[str]) -> int:
+    from smoa_jax.commands.generate import generate
+    from smoa_jax.sharding.memory import exhaustion_explained
+
+    parser = _generate_parser()
     options = dict(vars(parser.instantiate(_parse(parser, arguments))))
     texts = [text for word in options.pop("prompt") for text in _texts(word)]
     texts += _lines(options.pop("prompt_file"))
@@ -288,36 +317,31 @@ def _lines(path: str) -> list[str]:
     return [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
 
 
+def _export_parser() -> ArgumentParser:
+    from smoa_jax.commands.export import export
+
+    return _writer_parser("export", export)
+
+
 def _export(arguments: list[str]) -> int:
     from smoa_jax.commands.export import export
 
-    return _write("export", export, arguments)
+    return export(**_parse(_export_parser(), arguments).as_dict())
+
+
+def _import_parser() -> ArgumentParser:
+    from smoa_jax.commands.import_adapter import import_adapter
+
+    return _writer_parser("import", import_adapter)
 
 
 def _import(arguments: list[str]) -> int:
     from smoa_jax.commands.import_adapter import import_adapter
 
-    return _write("import", import_adapter, arguments)
+    return import_adapter(**_parse(_import_parser(), arguments).as_dict())
 
 
-def _write(command: str, function: Callable[..., int], arguments: list[str]) -> int:
-    """Run a command that writes a directory, with ``--overwrite`` as a plain flag."""
-    parser = _function_parser(command, function, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="Replace what output holds")
-    return function(**_parse(parser, arguments).as_dict())
-
-
-def _upload(arguments: list[str]) -> int:
-    from smoa_jax.commands.upload import upload
-
-    parser = _function_parser("upload", upload, skip={"public"})
-    parser.add_argument(
-        "--public", action="store_true", help="Let everybody see a repository that is made"
-    )
-    return upload(**_parse(parser, arguments).as_dict())
-
-
-def _inspect(arguments: list[str]) -> int:
+def _inspect_parser() -> ArgumentParser:
     from smoa_jax.commands.inspect import inspect
 
     parser = _function_parser("inspect", inspect, skip={"details", "as_json"})
@@ -325,8 +349,37 @@ def _inspect(arguments: list[str]) -> int:
         "--details", action="store_true", help="Every layer's update, not a row for each kernel"
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
-    options = _parse(parser, arguments).as_dict()
+    return parser
+
+
+def _upload_parser() -> ArgumentParser:
+    from smoa_jax.commands.upload import upload
+
+    parser = _function_parser("upload", upload, skip={"public"})
+    parser.add_argument(
+        "--public", action="store_true", help="Let everybody see a repository that is made"
+    )
+    return parser
+
+
+def _upload(arguments: list[str]) -> int:
+    from smoa_jax.commands.upload import upload
+
+    return upload(**_parse(_upload_parser(), arguments).as_dict())
+
+
+def _inspect(arguments: list[str]) -> int:
+    from smoa_jax.commands.inspect import inspect
+
+    options = _parse(_inspect_parser(), arguments).as_dict()
     return inspect(as_json=options.pop("json"), **options)
+
+
+def _writer_parser(command: str, function: Callable[..., int]) -> ArgumentParser:
+    """Of a command that writes a directory, with ``--overwrite`` as a plain flag."""
+    parser = _function_parser(command, function, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="Replace what output holds")
+    return parser
 
 
 def _function_parser(
@@ -359,6 +412,16 @@ _RUNS: dict[str, Callable[[list[str]], int]] = {
     "import": _import,
     "inspect": _inspect,
     "upload": _upload,
+}
+
+_PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "train": _train_parser,
+    "evaluate": _evaluate_parser,
+    "generate": _generate_parser,
+    "export": _export_parser,
+    "import": _import_parser,
+    "inspect": _inspect_parser,
+    "upload": _upload_parser,
 }
 
 if __name__ == "__main__":

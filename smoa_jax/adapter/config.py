@@ -1,6 +1,6 @@
 """What to adapt and how: one frozen, validated configuration for the whole family of adapters.
 
-``partition`` x ``modulation`` spans the family (method.md names the papers):
+``partition`` x ``modulation`` spans the family (docs/method.md names the papers):
 
 ============== ===================================== ==========================
 modulation     partition                             member
@@ -53,8 +53,8 @@ class SmoaConfig:
         partition: How a kernel's entries are divided into subspaces.
         modulation: ``weight`` multiplies the low-rank product by the frozen weight, entry by
             entry; ``none`` adds it as it is.
-        alpha: Numerator of the scale; None means each kernel's own R, so that the scale is 1
-            under ``alpha/r``.
+        alpha: Numerator of the scale; null (None) means each kernel's own R, so that the scale is
+            1 under ``alpha/r``.
         dropout: Probability of dropping an input of the adapter's path, while training.
         ranks: Rank of each subspace (they must sum to R); empty for an even split.
         target_modules: Names (suffixes of dotted paths), one regular expression (a string, matched
@@ -64,7 +64,8 @@ class SmoaConfig:
         rank_pattern: Regular expression on the whole dotted path -> R of the kernels it matches.
         scaling: ``alpha/r`` or, rank-stabilised, ``alpha/sqrt(r)``.
         kernel_views: Regular expression on the dotted path of a kernel -> how its axes form
-            layers, inputs and outputs, such as ``"L | D | N H"``.
+            layers, inputs and outputs, such as ``"L | D | N H"``; kernels of two axes, or three
+            with layers first, need none.
 
     Raises:
         ValueError: for any value or combination that has no meaning.

@@ -3,7 +3,7 @@
 Stored factors are as wide as the largest rank, so that subspaces and layers stack: columns beyond a
 rank are padding, and zero. Those of blocks hold each row's own block alone; spread out, with zeros
 in the columns of the other blocks, their plain product is the update without modulation (Ã, B̃ of
-method.md, "Blocks are HiRA with masked factors").
+docs/method.md, "Blocks are HiRA with masked factors").
 """
 
 from __future__ import annotations

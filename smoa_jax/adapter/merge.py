@@ -1,8 +1,8 @@
 """Merging an adapter into its base, and an honest account of what rounding then loses.
 
 A merge is formed in float32 at the highest precision, one layer at a time, and rounded once. In
-bf16 that rounding throws away most of a gentle adapter (method.md, hazard 1): ``merge_report`` says
-how much, and ``merge_smoa(params, jnp.float32)`` avoids it.
+bf16 that rounding throws away most of a gentle adapter (docs/method.md, hazard 1):
+``merge_report`` says how much, and ``merge_smoa(params, jnp.float32)`` avoids it.
 """
 
 from __future__ import annotations

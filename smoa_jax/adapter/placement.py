@@ -1,7 +1,8 @@
-"""Where an adapter's tensors lie: each as its kernel does (method.md, "Permutation-free form").
+"""Where an adapter's tensors lie: each as its kernel does.
 
 Rows of A and the inputs' block ids follow the kernel's input axis, rows of B and the outputs' its
-output axis, bands both; ranks are whole. Forming the update then needs no communication.
+output axis, bands both; ranks are whole. Forming the update then needs no communication
+(docs/method.md, "Permutation-free form").
 """
 
 from __future__ import annotations

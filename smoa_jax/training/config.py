@@ -23,7 +23,7 @@ DType = Literal["float32", "bfloat16"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 #: Learning rates where none is given: the members whose factors multiply the weight want about ten
-#: times those that add to it (method.md, "Learning rates seen").
+#: times those that add to it (docs/method.md, "Learning rates seen").
 DEFAULT_LEARNING_RATES = {"none": 1e-3, "weight": 1e-2}
 
 
@@ -35,8 +35,8 @@ class ModelConfig:
         path: Hugging Face directory, GGUF file, or a name on the hub.
         dtype: Of the weights in memory; ``auto`` is float32 on CPU and bfloat16 elsewhere.
         compute_dtype: Of activations; ``auto`` likewise.
-        remat: What a layer keeps for its backward pass: ``none`` (everything), ``dots``,
-            ``dots_no_batch``, ``projections`` or ``full`` (its input alone).
+        remat: What a layer keeps for its backward pass, from most memory to least: ``none``
+            (everything), ``dots``, ``dots_no_batch``, ``projections`` or ``full`` (its input).
         attention: Of whole sequences: ``xla``, everywhere; ``splash``, on a TPU; ``cudnn``, on an
             NVIDIA GPU; ``auto`` takes what devices, model and row lengths are fit for.
         sharding_rules: Path pattern -> mesh axis of each dimension; empty: the decoder's own.
@@ -216,8 +216,8 @@ class GenerationEvalConfig:
         rows: Questions to score, from the start of the held-out rows; 0: no scoring.
         max_new_tokens: Longest answer.
         batch_size: Questions at a time.
-        answer: How an answer is found in the text: all of it (``exact``), its last ``number``, or
-            the first label of the task (``choice``).
+        answer: How an answer is found in the text: ``exact``, the whole of it, spaces and letter
+            case aside; ``number``, its last number; ``choice``, its first label.
         task: A task of the papers whose labels ``choice`` looks for, such as boolq; empty: the
             labels of all of them.
         before: Score the base model too.

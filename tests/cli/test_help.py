@@ -67,6 +67,7 @@ FIRST = {
         *("model", "adapter", "compare", "target_modules", "layers", "rank", "plot"),
         *("details", "json"),
     ],
+    "upload": ["directory", "name", "public", "message"],
 }
 
 

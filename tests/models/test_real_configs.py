@@ -150,7 +150,7 @@ def test_windows_query_scales_and_soft_caps_are_the_models_own(name):
 
 
 def formula(fields: dict[str, Any], adapter: str) -> int:
-    """method.md's table for q, k, v, up and down at R = 32, M = 2, from the file's own sizes."""
+    """The table of docs/method.md for q, k, v, up, down at R = 32, M = 2, by the file's sizes."""
     embed, mlp = fields["hidden_size"], fields["intermediate_size"]
     query = fields["num_attention_heads"] * fields["head_dim"]
     key_value = fields["num_key_value_heads"] * fields["head_dim"]

@@ -6,11 +6,11 @@
 | weight-modulated: HiRA, SMoA's blocks     | HiRA, ``hira_A`` = Ã^T and ``hira_B`` = s B̃       |
 | spectral bands                            | nothing: their G_m are matrices of their own      |
 
-Ã and B̃ are the factors with every row in its own block's columns and zeros elsewhere (method.md,
-"Blocks are HiRA with masked factors"); padding is left out, so they have R columns. PEFT's LoRA
-scales by alpha / r (or its square root), as here. Its HiRA doesn't scale at all, so s goes into B̃,
-and as of 0.21.2 doesn't heed ``rank_pattern`` when it opens an adapter, so all its modules get the
-largest rank, the smaller ones with zeros.
+Ã and B̃ are the factors with every row in its own block's columns and zeros elsewhere
+(docs/method.md, "Blocks are HiRA with masked factors"); padding is left out, so they have R
+columns. PEFT's LoRA scales by alpha / r (or its square root), as here. Its HiRA doesn't scale at
+all, so s goes into B̃, and as of 0.21.2 doesn't heed ``rank_pattern`` when it opens an adapter, so
+all its modules get the largest rank, the smaller ones with zeros.
 
 The result equals the adapter. Trained on in PEFT it would not stay one of ours: PEFT knows no mask.
 """
