@@ -27,10 +27,19 @@ if TYPE_CHECKING:
     from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
     from smoa_jax.checkpoint.peft.export import export_peft
     from smoa_jax.checkpoint.peft.load import import_peft
+    from smoa_jax.data.config import DataConfig, HubConfig, TaskConfig
     from smoa_jax.data.tokenizer import load_tokenizer
     from smoa_jax.models.decoder import Decoder
     from smoa_jax.models.generation import GenerationConfig, generate
-    from smoa_jax.training.config import RunConfig
+    from smoa_jax.sharding.mesh import MeshConfig
+    from smoa_jax.sharding.processes import DistributedConfig
+    from smoa_jax.training.config import (
+        GenerationEvalConfig,
+        ModelConfig,
+        OptimizerConfig,
+        RunConfig,
+        TrainConfig,
+    )
     from smoa_jax.training.run import run
 
 #: Where each public name lives.
@@ -47,9 +56,18 @@ _HOMES = {
     "strip_smoa": "adapter.tree",
     "trainable_mask": "adapter.tree",
     "tree_fingerprint": "adapter.fingerprint",
+    "DataConfig": "data.config",
     "Decoder": "models.decoder",
+    "DistributedConfig": "sharding.processes",
     "GenerationConfig": "models.generation",
+    "GenerationEvalConfig": "training.config",
+    "HubConfig": "data.config",
+    "MeshConfig": "sharding.mesh",
+    "ModelConfig": "training.config",
+    "OptimizerConfig": "training.config",
     "RunConfig": "training.config",
+    "TaskConfig": "data.config",
+    "TrainConfig": "training.config",
     "abstract_base": "checkpoint.base",
     "export_huggingface": "checkpoint.export.huggingface",
     "export_orbax": "checkpoint.export.orbax",
@@ -65,10 +83,19 @@ _HOMES = {
 }
 
 __all__ = [
+    "DataConfig",
     "Decoder",
+    "DistributedConfig",
     "GenerationConfig",
+    "GenerationEvalConfig",
+    "HubConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
     "RunConfig",
     "SmoaConfig",
+    "TaskConfig",
+    "TrainConfig",
     "abstract_base",
     "apply_smoa",
     "combine",

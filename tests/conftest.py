@@ -22,5 +22,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["SMOA_JAX_CACHE"] = "off"  # what a test plans is its own
 
 import jax
+import jaxtyping
+
+import tests.shapes  # noqa: F401 (the hook looks the checker up by name)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Before the package is imported: what its annotations say of shapes holds in every test.
+jaxtyping.install_import_hook(["smoa_jax.adapter", "smoa_jax.models"], "tests.shapes.check_shapes")

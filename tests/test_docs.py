@@ -24,6 +24,7 @@ import pytest
 import smoa_jax
 from scripts import reference
 from smoa_jax import cli
+from smoa_jax.commands.help import COMMANDS
 from smoa_jax.training.config import DEFAULT_LEARNING_RATES, RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +245,7 @@ def test_the_reference_has_every_field_command_option_and_public_name():
     pages = reference.pages()
     leaves = {name for name in known_fields() if "." in name} - {"data.task", "data.hub"}
     assert all(f"`{name}`" in pages["configuration.md"] for name in leaves)
-    for command in cli._COMMANDS:
+    for command in COMMANDS:
         assert f"## smoa {command}" in pages["commands.md"]
     assert all(f"### {name}\n" in pages["api.md"] for name in smoa_jax.__all__)
 

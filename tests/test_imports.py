@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "smoa_jax"
 #: Part of the package -> the other parts that it may import. "" is ``smoa_jax/__init__.py``.
 MAY_IMPORT = {
-    "": {"adapter", "models", "checkpoint", "data", "training"},  # when first asked for
+    # When first asked for.
+    "": {"adapter", "models", "sharding", "checkpoint", "data", "training"},
     "adapter": set(),
     "models": {"adapter"},
     "sharding": {"adapter"},

@@ -201,7 +201,7 @@ def _factor_gradients(
     kernel: Float[Array, "I O"],
     modulation: Modulation,
     dy: Float[Array, "... O"],
-) -> tuple[Float[Array, "M? I R"], Float[Array, "M? O R"]]:
+) -> tuple[Float[Array, "*M I R"], Float[Array, "*M O R"]]:
     """``P_m = s G_m * (x~^T dy)``, ``dA_m = P_m B_m``, ``dB_m = P_m^T A_m``."""
     gradient = contract_leading(dropped, dy)  # (I, O) float32, of this layer alone
     das, dbs = [], []
@@ -221,7 +221,7 @@ def _factor_gradients_on_mesh(
     kernel: Float[Array, "I O"],
     modulation: Modulation,
     dy: Float[Array, "... O"],
-) -> tuple[Float[Array, "M? I R"], Float[Array, "M? O R"]]:
+) -> tuple[Float[Array, "*M I R"], Float[Array, "*M O R"]]:
     """The same from each device's own rows and columns, summed where they meet: dA over batch and
     outputs, dB over batch and inputs. Without a sharding the compiler chooses."""
     if sharding is None:

@@ -61,13 +61,13 @@ class AttentionContext(NamedTuple):
 
     rope: RopeTables
     local_rope: RopeTables | None
-    mask: Bool[Array, "B 1 T S"] | None
-    local_mask: Bool[Array, "B 1 T S"] | None
+    mask: Bool[Array, "#B 1 T S"] | None
+    local_mask: Bool[Array, "#B 1 T S"] | None
     segment_ids: Int[Array, "B T"] | None
 
     def of_layer(
         self, local: Bool[Array, ""] | None
-    ) -> tuple[RopeTables, Bool[Array, "B 1 T S"] | None]:
+    ) -> tuple[RopeTables, Bool[Array, "#B 1 T S"] | None]:
         """Return the tables and the mask of one layer."""
         return _select(local, self.local_rope, self.rope), _select(
             local, self.local_mask, self.mask
@@ -105,7 +105,7 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 T S"] | None,
+    mask: Bool[Array, "#B 1 T S"] | None,
     *,
     scale: float,
     cap: float = 0.0,

@@ -262,7 +262,7 @@ class Decoder(nn.Module):
         if cache is None and self.fused is not None:
             return AttentionContext(rope, local_rope, None, None, segment_ids)
 
-        def visible(window: int) -> Bool[Array, "B 1 T S"]:
+        def visible(window: int) -> Bool[Array, "#B 1 T S"]:
             if cache is not None:
                 return cache_mask(cache, positions.shape[1], window)
             if segment_ids is not None:

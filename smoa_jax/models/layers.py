@@ -36,7 +36,10 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def wide_matmul(
-    x: Float[Array, "... I"], kernel: Float[Array, "I O"], *, transposed: bool = False
+    x: Float[Array, "... I"],
+    kernel: Float[Array, "I O"] | Float[Array, "O I"],
+    *,
+    transposed: bool = False,
 ) -> Float[Array, "... O"]:
     """Multiply in x's dtype and return the float32 accumulator, not rounded: for logits.
 

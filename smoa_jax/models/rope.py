@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from smoa_jax.models.config import DecoderConfig, RopeScaling
 
-#: Cosines and sines, each ``[B, T, 1, H/2]``.
-RopeTables: TypeAlias = tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]
+#: Cosines and sines, each ``[B, T, 1, P]`` for the P = H/2 pairs of a head's dimensions.
+RopeTables: TypeAlias = tuple[Float[Array, "B T 1 P"], Float[Array, "B T 1 P"]]
 
 
-def rope_frequencies(head_dim: int, base: float, scaling: RopeScaling) -> Float[np.ndarray, " H/2"]:
-    """Return the angle per position of each of the H/2 pairs, in radians."""
+def rope_frequencies(head_dim: int, base: float, scaling: RopeScaling) -> Float[np.ndarray, " P"]:
+    """Return the angle per position of each of the P = H/2 pairs, in radians."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = base**-exponents
     if scaling.kind == "linear":
