@@ -24,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import smoa_jax
 from smoa_jax import cli
+from smoa_jax.commands.help import COMMANDS
 from smoa_jax.training.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -228,14 +229,14 @@ def commands() -> str:
         "Bad input is one line on standard error and exit status 2. `--help` after a command lists "
         "its options.",
     ]
-    for command in ("train", "evaluate", "generate", "export", "import", "inspect"):
+    for command in COMMANDS:
         parts += _command(command, cli.command_parser(command))
     return "\n\n".join(parts) + "\n"
 
 
 def _command(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield f"## smoa {command}"
-    yield str(parser.description)
+    yield COMMANDS[command]
     takes_run = command in ("train", "evaluate")
     rows = []
     for action in parser._actions:

@@ -6,6 +6,7 @@
     smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
     smoa import    --model PATH --peft DIR --output DIR
     smoa inspect   --model PATH [--adapter DIR [--compare DIR]] [--plot FILE.png]
+    smoa upload    --directory DIR --name ORGANISATION/NAME
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
 run that was asked to stop and has saved exits with 75, an aborted one with 130. Until a command is
@@ -142,6 +143,9 @@ def _reworded(message: str) -> str:
         else:
             kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
         return f"got {key}={value}; expected {kind}"
+    lost = re.fullmatch(r'Parser key "config": .*does not exist.*?:? ?([^\s\']+)\'?', message)
+    if lost:
+        return f"got --config {lost.group(1)}, which does not exist; expected a YAML file of a run"
     empty = re.fullmatch(r"Unexpected config:? ?(.*)", message)
     if empty:
         return (

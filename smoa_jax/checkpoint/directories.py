@@ -105,6 +105,14 @@ def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
         )
 
 
+def _let_read(directory: Path) -> None:
+    """Give files the rights that the process gives to new ones; some libraries give none away."""
+    rights = directory.stat().st_mode & 0o666  # of a directory just made: what umask lets through
+    for file in directory.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode | rights)
+
+
 @contextmanager
 def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool) -> Iterator[Path]:
     """A draft directory beside ``target`` that takes its place if all goes well.
@@ -132,6 +140,7 @@ def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool)
     draft.mkdir()
     try:
         yield draft
+        _let_read(draft)
         if occupied and _exchange(draft, target):
             old = draft  # which now holds what is replaced
         else:

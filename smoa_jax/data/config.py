@@ -21,7 +21,8 @@ class TaskConfig:
     """A generated task, for the sources ``arithmetic`` and ``reasoning_gym``.
 
     Attributes:
-        name: Of the task.
+        name: Arithmetic: sum, difference, parity, size, compare, reverse, weave, swap, ends,
+            larger, columns or successor; reasoning_gym: what the library calls it.
         digits: Arithmetic: digits of the numbers.
         terms: Arithmetic: how many numbers a question holds.
         options: reasoning_gym: the task's own settings.

@@ -148,3 +148,30 @@ def describe_data(data: Data) -> str:
     parts = [f"{train:,} rows to train on", f"{held_out:,} held out"]
     parts += [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
     return "data: " + ", ".join(parts) + f"; template {data.config.template}"
+
+
+def advice_on_length(config: RunConfig, data: Data) -> str:
+    """What to say of rows that are mostly padding, which costs as much as words; empty if few are.
+
+    Packed rows and rows in buckets are as long as they need to be.
+    """
+    if data.train is None or config.data.pack or config.data.buckets:
+        return ""
+    lengths = data.train.examples.lengths
+    longest, limit = int(lengths.max()), config.data.max_length
+    if 2 * longest > limit:
+        return ""
+    return (
+        f"padding: the longest row has {longest} tokens, and every row is filled up to "
+        f"data.max_length={limit}; {longest} would be as good and faster"
+    )
+
+
+def advice_on_steps(config: RunConfig, steps: int) -> str:
+    """What to say of a run too short to learn much from; empty for others."""
+    if steps >= 10 or config.train.steps:
+        return ""
+    return (
+        f"steps: {steps} in all, of train.batch_size={config.train.batch_size} rows over "
+        f"train.epochs={config.train.epochs:g}; few to learn from: lower the one or raise the other"
+    )

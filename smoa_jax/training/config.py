@@ -14,7 +14,7 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.checks import require
 from smoa_jax.data.config import DataConfig
 from smoa_jax.evaluation.answers import check_task
-from smoa_jax.models.options import REMAT_NAMES, AttentionName
+from smoa_jax.models.options import AttentionName, RematName
 from smoa_jax.sharding.mesh import MeshConfig
 from smoa_jax.sharding.processes import DistributedConfig
 from smoa_jax.sharding.rules import DECODER_RULES, parse_rule
@@ -47,7 +47,7 @@ class ModelConfig:
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: str = "projections"
+    remat: RematName = "projections"
     attention: AttentionName = "auto"
     sharding_rules: dict[str, str] = dataclasses.field(default_factory=lambda: dict(DECODER_RULES))
     spectra_cache: str = "auto"
@@ -61,9 +61,9 @@ class ModelConfig:
                 "auto, float32 or bfloat16",
             )
         require(
-            self.remat in REMAT_NAMES,
+            self.remat in get_args(RematName),
             f"model.remat={self.remat!r}",
-            f"one of {', '.join(REMAT_NAMES)}",
+            f"one of {', '.join(get_args(RematName))}",
         )
         require(
             self.attention in get_args(AttentionName),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from smoa_jax.adapter.planning.cache import default_cache_dir
+from smoa_jax.adapter.targets import find_targets
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import AbstractBase, BaseModel, abstract_base, load_base
 from smoa_jax.models.decoder import Decoder
@@ -52,7 +53,8 @@ def load_model(config: RunConfig) -> LoadedModel:
     """Read the base of a run onto its mesh.
 
     Raises:
-        ValueError: for a mesh or attention that does not fit the devices, the model or the batch.
+        ValueError: for a mesh, attention or adapter that does not fit the devices, the model or the
+            batch.
     """
     mesh = make_mesh(config.mesh)
     part = config.train.batch_size // config.train.accumulate
@@ -61,6 +63,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     abstract = abstract_base(config.model.path, dtype)
     shardings = _base_shardings(abstract, mesh, config.model.sharding_rules)
     model = make_decoder(config, abstract, mesh)
+    find_targets(abstract.params, config.adapter)  # refused before minutes of reading weights
     base = load_base(config.model.path, dtype, shardings)
     return LoadedModel(base=base, model=model, mesh=mesh)
 

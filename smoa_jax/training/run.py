@@ -25,7 +25,14 @@ from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.memory import exhaustion_explained
 from smoa_jax.sharding.processes import batch_share, initialize, together
 from smoa_jax.training.checkpoints import Identity, TrainingCheckpoints
-from smoa_jax.training.checks import check_data, check_directory, check_steps, describe_data
+from smoa_jax.training.checks import (
+    advice_on_length,
+    advice_on_steps,
+    check_data,
+    check_directory,
+    check_steps,
+    describe_data,
+)
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.directory import RunDirectory, RunError, jsonable, plain
 from smoa_jax.training.environment import (
@@ -157,8 +164,13 @@ def prepare(
         steps = config.train.steps or math.ceil(
             config.train.epochs * len(data.train) / config.train.batch_size
         )
-        if mistake := unused_accelerator():
-            report.say(mistake)
+        for advice in (
+            advice_on_length(config, data),
+            advice_on_steps(config, steps),
+            unused_accelerator(),
+        ):
+            if advice:
+                report.say(advice)
         loaded = load_model(config)
         report.say(describe_environment(loaded))
         check_data(config, loaded, data)

@@ -112,3 +112,17 @@ def test_what_lies_beside_another_name_is_left_alone(tmp_path):
     put_back(tmp_path / "thing")
     assert aside.exists()
     assert not (tmp_path / "thing").exists()
+
+
+def test_files_can_be_read_by_whom_umask_lets(tmp_path):
+    """Some libraries write files that their owner alone may read."""
+    before = os.umask(0o027)
+    try:
+        with replaced_directory(tmp_path / "out", marker="a", what="it", overwrite=False) as draft:
+            for name in ("a", "deep/b"):
+                (draft / name).parent.mkdir(exist_ok=True)
+                (draft / name).touch(mode=0o600)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("[ab]")}
+    assert modes == {0o640}
