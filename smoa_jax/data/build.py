@@ -11,16 +11,21 @@ from transformers import PreTrainedTokenizerFast
 from smoa_jax.checks import require
 from smoa_jax.data.arithmetic import arithmetic_rows
 from smoa_jax.data.config import DataConfig
-from smoa_jax.data.encode import Questions, encode_questions, encode_rows
-from smoa_jax.data.hub import read_hub
-from smoa_jax.data.identity import Identity, data_identity
+from smoa_jax.data.encode import Questions, encode_questions, encode_rows, tokenize_rows
+from smoa_jax.data.hub import open_split, read_hub
+from smoa_jax.data.identity import Identity, data_identity, streamed_digest
 from smoa_jax.data.packing import plan_rows
 from smoa_jax.data.pipeline import ExamplesIndex, TrainStream
 from smoa_jax.data.reasoning import reasoning_rows
-from smoa_jax.data.rows import AnyRow, Conversation
-from smoa_jax.data.sources import read_rows
-from smoa_jax.data.splits import drop_overlap, split_rows
+from smoa_jax.data.rows import AnyRow, BadRowError, Conversation
+from smoa_jax.data.sources import parse_row, read_rows
+from smoa_jax.data.splits import drop_overlap, question_keys, split_rows
+from smoa_jax.data.streaming import HubRecords, JsonLines, PackedStream, Records, StreamedRows
 from smoa_jax.data.templates import make_template
+from smoa_jax.data.tokenizer import special_ids
+
+#: Of rows to stream, how many are looked at beforehand.
+_FIRST = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class Data:
         questions: Held-out prompts and reference answers, for generation; maybe none.
         counts: Per split, what was read, dropped and cut.
         identity: Plain JSON that other data have otherwise; saved with every position.
+        streamed: Where training rows are read when they come up; ``train`` then holds the first of
+            them alone, for looking at.
     """
 
     config: DataConfig
@@ -43,21 +50,22 @@ class Data:
     questions: Questions
     counts: dict[str, dict[str, int]]
     identity: Identity
+    streamed: StreamedRows | None = None
 
     def train_stream(
         self, batch_size: int, *, process_index: int = 0, process_count: int = 1
-    ) -> TrainStream:
+    ) -> TrainStream | PackedStream:
         """An endless stream of training batches from the start; ``restore`` moves it."""
+        options: Any = {
+            "identity": self.identity,
+            "process_index": process_index,
+            "process_count": process_count,
+            "prefetch": self.config.prefetch,
+        }
+        if self.streamed is not None:
+            return PackedStream(self.streamed, batch_size, self.config.seed, **options)
         assert self.train is not None
-        return TrainStream(
-            self.train,
-            batch_size,
-            self.config.seed,
-            process_index=process_index,
-            process_count=process_count,
-            prefetch=self.config.prefetch,
-            identity=self.identity,
-        )
+        return TrainStream(self.train, batch_size, self.config.seed, **options)
 
 
 def build_data(
@@ -81,7 +89,11 @@ def build_data(
         "rows to train on" if not held_out_only else "held-out rows",
         "name data.train_files or data.hub.name" + (", or data.eval_files" * held_out_only),
     )
-    train_rows, eval_rows, read_counts = load_rows(config)
+    records = _records_on_disk(config) if config.stream and not held_out_only else None
+    if config.stream:
+        train_rows, eval_rows, read_counts = _first_rows(config, records)
+    else:
+        train_rows, eval_rows, read_counts = load_rows(config)
     config = _settled(config, train_rows or eval_rows)
     template = make_template(config.template, tokenizer)
 
@@ -110,6 +122,7 @@ def build_data(
     )
     counts = {"read": dict(read_counts)}
     identity: Identity = {}
+    streamed = None
     if train is not None:
         counts["train"] = dict(train.examples.counts)
         counts["train"]["batch_rows"] = len(train)
@@ -124,6 +137,25 @@ def build_data(
         )
     if held_out is not None:
         counts["eval"] = dict(held_out.examples.counts)
+    if records is not None:
+        counts["train"] = {"streamed_rows": len(records)}
+        identity["train"] = streamed_digest(identity, records)
+        streamed = StreamedRows(
+            records,
+            lambda record: parse_row(record[1], origin=record[0], columns=config.columns),
+            lambda row: tokenize_rows(
+                [row],
+                template,
+                tokenizer,
+                max_length=config.max_length,
+                response_only=config.response_only,
+            )[0],
+            max_length=config.max_length,
+            pad=special_ids(tokenizer).pad,
+            held_out={question_keys(row)[0] for row in eval_rows},
+            on_bad_row=config.on_bad_row,
+            limit=config.train_limit,
+        )
     return Data(
         config=config,
         train=train,
@@ -131,7 +163,39 @@ def build_data(
         questions=questions,
         counts=counts,
         identity=identity,
+        streamed=streamed,
     )
+
+
+def _records_on_disk(config: DataConfig) -> Records:
+    if config.origin == "hub":
+        return HubRecords(config.hub.name, open_split(config.hub, config.hub.train_split))
+    return JsonLines(config.train_files)
+
+
+def _first_rows(
+    config: DataConfig, records: Records | None
+) -> tuple[list[AnyRow], list[AnyRow], Counter[str]]:
+    """The first of the training rows to stream, if any; all held-out ones; and counts."""
+    held_out, eval_counts = _read(config, "eval") if config.holds_out else ([], Counter())
+    counts = Counter(bad_rows_in_eval=eval_counts["bad_rows"])
+    rows: list[AnyRow] = []
+    if records is None:
+        return rows, held_out, counts
+    for index in range(min(_FIRST, len(records))):
+        try:
+            origin, record = records[index]
+            rows.append(parse_row(record, origin=origin, columns=config.columns))
+        except BadRowError:
+            if config.on_bad_row == "error":
+                raise
+    require(
+        bool(rows),
+        f"no row among the first {_FIRST} of {len(records)} to stream",
+        "some that can be read",
+        "look at the files, or map their fields by data.columns",
+    )
+    return rows, held_out, counts
 
 
 def _settled(config: DataConfig, rows: list[AnyRow]) -> DataConfig:

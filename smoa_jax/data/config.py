@@ -93,6 +93,9 @@ class DataConfig:
             there, and rows dropped whose prompt leaves no room for one; texts go on in another row.
         response_only: Train on responses alone.
         pack: Let short examples share rows, without seeing each other.
+        stream: Read rows when they come up instead of all at the start, for more than memory holds:
+            JSON Lines files or a data set of the hub, packed. Takes ``train.steps``, and held-out
+            rows of their own.
         buckets: Row lengths below ``max_length`` for shorter examples; each compiles once.
         seed: Of the batch order and of the held-out choice.
         prefetch: Batches to make ahead in the background.
@@ -113,6 +116,7 @@ class DataConfig:
     max_length: int = 256
     response_only: bool = True
     pack: bool = False
+    stream: bool = False
     buckets: tuple[int, ...] = ()
     seed: int = 0
     prefetch: int = 2
@@ -138,8 +142,9 @@ class DataConfig:
         sections = {name: settings.pop(name) for name in ("task", "hub")}
         for name in ("train_files", "eval_files", "prefetch"):
             del settings[name]
-        if not self.columns:  # which earlier versions did not know
-            del settings["columns"]
+        for name in ("columns", "stream"):  # which earlier versions did not know
+            if not settings[name]:
+                del settings[name]
         section = {"hub": "hub", "files": ""}.get(self.origin, "task")
         of_section = sections.get(section, {})
         return settings | {f"{section}.{name}": value for name, value in of_section.items()}
@@ -191,6 +196,18 @@ def _check(config: DataConfig) -> None:
         f"data.source={config.source} with data.hub.name={config.hub.name!r}",
         "hub and a name, or neither",
         "give both, or leave data.source out",
+    )
+    require(
+        not config.stream or config.origin in ("files", "hub"),
+        f"data.stream=true with data.source={config.source}",
+        "files or a data set of the hub",
+        "a generated task needs no streaming",
+    )
+    require(
+        not config.stream or not (config.eval_rows or fraction or config.buckets),
+        "data.stream=true with data.eval_rows, data.eval_fraction or data.buckets",
+        "held-out rows of their own, and rows of one length, packed",
+        "name data.eval_files or data.hub.eval_split, and leave the others out",
     )
     unknown = sorted(config.columns.keys() - set(ROW_FIELDS))
     require(

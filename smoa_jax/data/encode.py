@@ -100,6 +100,39 @@ def encode_rows(
     Raises:
         ValueError: No row is left.
     """
+    kept, counts = tokenize_rows(
+        rows,
+        template,
+        tokenizer,
+        max_length=max_length,
+        response_only=response_only,
+        on_bad_row=on_bad_row,
+    )
+    require(
+        bool(kept),
+        f"no usable row out of {len(rows)} ({_summary(counts)})",
+        "at least one",
+        f"check the rows, or raise max_length above {max_length}",
+    )
+    return Examples(
+        tokens=np.concatenate([tokens for tokens, _ in kept]),
+        trained=np.concatenate([trained for _, trained in kept]),
+        offsets=np.cumsum([0, *(len(tokens) for tokens, _ in kept)]),
+        pad=special_ids(tokenizer).pad,
+        counts=counts,
+    )
+
+
+def tokenize_rows(
+    rows: Sequence[AnyRow],
+    template: Template,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    response_only: bool = True,
+    on_bad_row: OnBadRow = "error",
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], Counter[str]]:
+    """(ids, trained flags) of each example, maybe none, and counts; arguments as above."""
     ids = special_ids(tokenizer)
     rendered, counts = _render(rows, template, on_bad_row)
     counts.update(prompt_too_long=0, responses_truncated=0, texts_divided=0)
@@ -121,19 +154,7 @@ def encode_rows(
             span = slice(start, start + max_length)
             kept.append((tokens[span], trained[span]))
     counts["rows"] = len(kept)
-    require(
-        bool(kept),
-        f"no usable row out of {len(rows)} ({_summary(counts)})",
-        "at least one",
-        f"check the rows, or raise max_length above {max_length}",
-    )
-    return Examples(
-        tokens=np.concatenate([tokens for tokens, _ in kept]),
-        trained=np.concatenate([trained for _, trained in kept]),
-        offsets=np.cumsum([0, *(len(tokens) for tokens, _ in kept)]),
-        pad=ids.pad,
-        counts=counts,
-    )
+    return kept, counts
 
 
 def encode_questions(

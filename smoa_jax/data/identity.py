@@ -63,6 +63,24 @@ def data_identity(
     }
 
 
+def streamed_digest(first: Identity, records: Any) -> str:
+    """What stands for the digest of rows that are never known whole.
+
+    Args:
+        first: The identity with the first rows alone; their tokens tell of tokenizer and template.
+        records: On disk; a data set of the hub has a fingerprint of its own.
+    """
+    parts = [
+        first["train"],
+        [digest for _, digest in first["train_files"]],
+        getattr(records, "fingerprint", ""),
+        len(records),
+        {name: first["settings"].get(name) for name in ("train_limit", "on_bad_row", "eval_limit")},
+        first["eval"],  # training rows whose question is held out are left out
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def check_identity(saved: Identity, now: Identity) -> None:
     """Refuses data that are others than those of ``saved``, naming what has changed.
 

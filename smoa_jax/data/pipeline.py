@@ -91,7 +91,6 @@ class TrainStream:
         prefetch: int = 2,
         identity: Identity | None = None,
     ) -> None:
-        _check_slice(batch_size, process_index, process_count)
         require(seed >= 0, f"data seed {seed}", "0 or more", "correct data.seed")
         self._index = index
         self._batch_size = batch_size
@@ -102,7 +101,7 @@ class TrainStream:
             "plan": index.plan.fingerprint(),
             "data": identity or data_identity(index.examples),
         }
-        self._slice = _slice_of(batch_size, process_index, process_count)
+        self._slice = slice_of(batch_size, process_index, process_count)
         self._prefetch = prefetch
         self._positions = (0,) * len(index.plan.buckets)
         self._batches: Iterator[tuple[Batch, StreamState]] | None = None
@@ -240,8 +239,7 @@ def eval_batches(
 
     With buckets, one bucket after the other.
     """
-    _check_slice(batch_size, process_index, process_count)
-    part = _slice_of(batch_size, process_index, process_count)
+    part = slice_of(batch_size, process_index, process_count)
     plan = index.plan
     for bucket, length in enumerate(plan.buckets):
         rows = np.flatnonzero(plan.bucket_of_row == bucket)
@@ -262,7 +260,13 @@ def unchecked(state: StreamState) -> str:
     )
 
 
-def _slice_of(batch_size: int, process_index: int, process_count: int) -> slice:
+def slice_of(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that one of several processes gets.
+
+    Raises:
+        ValueError: ``batch_size`` is not a multiple of ``process_count``.
+    """
+    _check_slice(batch_size, process_index, process_count)
     per_process = batch_size // process_count
     return slice(process_index * per_process, (process_index + 1) * per_process)
 

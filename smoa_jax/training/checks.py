@@ -23,6 +23,7 @@ _COUNT_WORDS = {
     "bad_rows": "bad rows left out",
     "bad_rows_in_eval": "bad held-out rows left out",
     "eval_in_train": "held-out rows left out, since they occur in training",
+    "train_in_eval": "rows left out, whose questions are held out",
     "prompt_too_long": "prompts left out, too long to leave room for a response in data.max_length",
     "responses_truncated": "responses cut at data.max_length",
     "texts_divided": "texts longer than data.max_length divided into several rows",
@@ -145,9 +146,19 @@ def describe_data(data: Data) -> str:
     for split in data.counts.values():
         counts.update(split)
     held_out = 0 if data.eval is None else len(data.eval.examples)
-    parts = [f"{train:,} rows to train on", f"{held_out:,} held out"]
+    to_train_on = f"{train:,} rows to train on"
+    if data.streamed is not None:
+        to_train_on = f"{len(data.streamed):,} rows to train on, streamed"
+    parts = [to_train_on, f"{held_out:,} held out"]
     parts += [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
     return "data: " + ", ".join(parts) + f"; template {data.config.template}"
+
+
+def describe_dropped(data: Data) -> str:
+    """What was left out of rows that were streamed; empty for nothing."""
+    counts = data.streamed.counts if data.streamed is not None else Counter()
+    parts = [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
+    return f"streamed, read ahead included: {', '.join(parts)}" if parts else ""
 
 
 def advice_on_length(config: RunConfig, data: Data) -> str:
@@ -155,7 +166,7 @@ def advice_on_length(config: RunConfig, data: Data) -> str:
 
     Packed rows and rows in buckets are as long as they need to be.
     """
-    if data.train is None or config.data.pack or config.data.buckets:
+    if data.train is None or config.data.pack or config.data.buckets or config.data.stream:
         return ""
     lengths = data.train.examples.lengths
     longest, limit = int(lengths.max()), config.data.max_length

@@ -18,6 +18,7 @@ import jax
 from smoa_jax.adapter.tree import count_trainable, strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import abstract_base
+from smoa_jax.checks import require
 from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.pipeline import unchecked
 from smoa_jax.data.preview import preview
@@ -32,6 +33,7 @@ from smoa_jax.training.checks import (
     check_directory,
     check_steps,
     describe_data,
+    describe_dropped,
 )
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.directory import RunDirectory, RunError, jsonable, plain
@@ -161,6 +163,13 @@ def prepare(
         config = dataclasses.replace(config, data=data.config)
         report.say(describe_data(data))
         report.say(preview(data.train.examples, 0, tokenizer))
+        require(
+            config.train.steps > 0 or not config.data.stream,
+            "data.stream=true without train.steps",
+            "a number of steps, since packed rows are not known beforehand",
+            "set train.steps",
+            error=RunError,
+        )
         steps = config.train.steps or math.ceil(
             config.train.epochs * len(data.train) / config.train.batch_size
         )
@@ -291,6 +300,8 @@ class _Run:
                         on_step=between,
                     )
                 self._begun.checkpoints.wait()
+                if dropped := describe_dropped(self._data):
+                    report.say(dropped)
                 if not between.finished:
                     report.say(
                         f"stopped at step {between.step}, saved; --resume goes on from there"

@@ -248,3 +248,24 @@ def test_too_little_memory_is_one_line_with_the_settings_that_lower_it(base_dir,
     words = r"too little memory on cpu .*train\.accumulate=1 \(now 8 rows.*data\.max_length=24"
     with pytest.raises(ValueError, match=words):
         run(run_config(base_dir, tmp_path / "run"), on_step=exhaust)
+
+
+def test_a_run_on_streamed_rows_resumes_bit_for_bit(base_dir, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = [{"prompt": f"{n} + {n} =", "completion": str(2 * n)} for n in range(50)]
+    rows.write_text("\n".join(map(json.dumps, texts)))
+    changes = {
+        "train_steps": 5,
+        "data_source": "files",
+        "data_train_files": (str(rows),),
+        "data_stream": True,
+    }
+    whole, resumed = Watch(), Watch()
+    run(run_config(base_dir, tmp_path / "whole", **changes), on_step=whole)
+    broken = run_config(base_dir, tmp_path / "broken", **changes)
+    assert not run(broken, on_step=Watch(stop_after=2)).finished
+    run(broken, resume=True, on_step=resumed)
+    chex.assert_trees_all_equal(whole.state["trainable"], resumed.state["trainable"])
+    unknown = run_config(base_dir, tmp_path / "run", **changes | {"train_steps": 0})
+    with pytest.raises(RunError, match=r"got data\.stream=true without train\.steps"):
+        run(unknown)
