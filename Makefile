@@ -57,4 +57,5 @@ docs: $(VENV)/.docs reference
 	$(BIN)/zensical build --clean --strict
 
 clean:
-	rm -rf $(VENV) site .cache .xla_cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $${XDG_CACHE_HOME:-$$HOME/.cache}/smoa_jax/xla-tests
+	rm -rf $(VENV) site .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis

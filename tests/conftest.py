@@ -5,16 +5,16 @@ The environment is set before JAX is imported: afterwards it would silently have
 
 import os
 import sys
-from pathlib import Path
 
-from tests.processes import xla_flags
+from tests.processes import compilation_cache, xla_flags
 
 if "jax" in sys.modules:
     raise RuntimeError("JAX was imported before tests/conftest.py could set its device count")
 os.environ["JAX_PLATFORMS"] = os.environ.get("SMOA_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
-# What one process has compiled, no other compiles again: workers, processes of tests, later runs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".xla_cache"))
+# What one process has compiled, no other compiles again: workers, processes of tests, later runs,
+# and those of other clones on this machine.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compilation_cache())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

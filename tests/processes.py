@@ -32,6 +32,12 @@ def xla_flags(devices: int) -> str:
     return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
+def compilation_cache() -> str:
+    """Where compiled programs are kept from one run of the tests to the next."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return str(home / "smoa_jax" / "xla-tests")
+
+
 def run_processes(
     program: Path, arguments: Sequence[object] = (), *, count: int = 2, devices: int = 4
 ) -> list[Any]:

@@ -37,19 +37,19 @@ _FORMS = (
 def row(draw: random.Random) -> dict[str, str]:
     """One note and its record."""
     what, who, where = draw.choice(_WHAT), draw.choice(_WHO), draw.choice(_WHERE)
-    month, day, hour = draw.randrange(12), draw.randrange(1, 29), draw.randrange(8, 21)
-    written_day = draw.choice((f"{day} {_MONTHS[month]}", f"{_MONTHS[month]} {day}"))
-    written_hour = f"{(hour - 1) % 12 + 1} {'am' if hour < 12 else 'pm'}"
+    month, day = draw.choice(_MONTHS), draw.randrange(1, 29)
+    hour = f"{draw.randrange(8, 21)}:{draw.choice(('00', '15', '30'))}"
+    written_day = draw.choice((f"{day} {month}", f"{month} {day}"))
     note = draw.choice(_FORMS).format(
         What=what.capitalize(),
-        **{"what": what, "who": who, "where": where, "day": written_day, "hour": written_hour},
+        **{"what": what, "who": who, "where": where, "day": written_day, "hour": hour},
     )
     record = {
         "what": what.split()[-1],
         "who": who,
         "where": where,
-        "day": f"{month + 1:02d}-{day:02d}",
-        "hour": hour,
+        "day": f"{day} {month}",
+        "time": hour,
     }
     return {"instruction": note, "output": json.dumps(record)}
 
