@@ -199,7 +199,7 @@ def test_a_bad_row_stops_a_stream_unless_told_otherwise(smollm2, files):
     lines = (files / "b.jsonl").read_text().splitlines()
     (files / "b.jsonl").write_text("\n".join([*lines[:-1] * 5, lines[-1]]))
     data = build_data(config_of(files, on_bad_row="error"), smollm2)
-    with pytest.raises(Exception, match="got a line that is not JSON"):
+    with pytest.raises(BadRowError, match="got a line that is not JSON"):
         list(itertools.islice(data.train_stream(4), 40))
 
 
