@@ -66,9 +66,15 @@ def walk(
     """Every leaf or modulation of a nested dict with its path, in the dict's order.
 
     Raises:
-        ValueError: for a list or tuple, whose kernels would go unseen.
+        ValueError: for a list or tuple, whose kernels would go unseen; a key that is no text.
     """
     for key, value in tree.items():
+        if not isinstance(key, str):
+            refuse(
+                f"the key {key!r} ({type(key).__name__}) in {'.'.join(path) or 'the tree'}",
+                "nested dicts whose keys are texts",
+                "write it as one, such as '0'",
+            )
         if isinstance(value, Mapping):
             yield from walk(value, (*path, key))
         elif type(value) in (list, tuple):

@@ -53,6 +53,14 @@ def test_a_kernel_with_a_view_has_no_sharding_to_follow():
         modulation_shardings(params["w"]["smoa"], NamedSharding(mesh, PartitionSpec("x")))
 
 
+def test_a_number_for_a_name_is_refused_with_the_name_to_give():
+    """As ``nnx.List`` numbers its layers."""
+    params = {"layers": {0: {"dense": {"kernel": np.ones((4, 4), np.float32)}}}}
+    config = smoa_jax.SmoaConfig.lora(2, target_modules=["dense"])
+    with pytest.raises(ValueError, match=r"got the key 0 \(int\) in layers; .* such as '0'"):
+        smoa_jax.apply_smoa(params, config, jax.random.key(0))
+
+
 def test_a_list_of_modules_is_refused_rather_than_skipped():
     kernel = {"kernel": np.ones((8, 8), np.float32)}
     config = smoa_jax.SmoaConfig.lora(2, target_modules=["q"])
