@@ -135,6 +135,14 @@ class StreamedRows:
         self._parse, self._encode = parse, encode
         self._held_out, self._on_bad_row = frozenset(held_out), on_bad_row
         self._lock = threading.Lock()  # Grain asks from several threads
+        self._below = 0
+
+    def require_ids_below(self, vocab_size: int) -> None:
+        """From now on, refuse token ids that a model of so many embeddings has none for.
+
+        Rows in memory are looked at before a run; these, when they come up.
+        """
+        self._below = vocab_size
 
     def __len__(self) -> int:
         return self._size
@@ -152,6 +160,13 @@ class StreamedRows:
             return self._dropped("bad_rows")
         if not examples:
             return self._dropped("prompt_too_long")
+        largest = max(int(tokens.max()) for tokens, _ in examples)
+        require(
+            not self._below or largest < self._below,
+            f"token id {largest} in record {index + 1} for a model with {self._below} embeddings",
+            "smaller ids",
+            "use the tokenizer of this model",
+        )
         return [{"tokens": tokens, "trained": trained} for tokens, trained in examples]
 
     def _dropped(self, why: str) -> list[dict[str, np.ndarray]]:

@@ -80,6 +80,8 @@ def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
     check_batch(loaded.mesh, eval_batch_size(config), "train.eval_batch_size")
     largest = max(int(rows.examples.tokens.max()) for rows in (data.train, data.eval) if rows)
     check_vocabulary(largest, loaded.base.config.vocab_size, config.model.path)
+    if data.streamed is not None:
+        data.streamed.require_ids_below(loaded.base.config.vocab_size)
     require(
         data.eval is not None or not config.train.patience,
         f"train.patience={config.train.patience} without held-out rows",
@@ -95,6 +97,8 @@ def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:
 def _check_positions(config: RunConfig, max_positions: int, data: Data) -> None:
     """Refuse rows and questions with more positions than the model was pretrained on."""
     longest = max(int(rows.examples.lengths.max()) for rows in (data.train, data.eval) if rows)
+    if data.streamed is not None:  # of which the longest is yet to come
+        longest = config.data.max_length
     require(
         longest <= max_positions,
         f"a row of {longest} tokens for a model of {max_positions} positions",

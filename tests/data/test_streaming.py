@@ -203,6 +203,15 @@ def test_a_bad_row_stops_a_stream_unless_told_otherwise(smollm2, files):
         list(itertools.islice(data.train_stream(4), 40))
 
 
+def test_ids_that_a_model_has_no_embedding_for_are_refused_when_they_come_up(smollm2, files):
+    data = build_data(config_of(files), smollm2)
+    data.streamed.require_ids_below(len(smollm2))
+    next(data.train_stream(2))
+    data.streamed.require_ids_below(9)
+    with pytest.raises(ValueError, match=r"got token id \d+ in record \d+ for a model with 9 emb"):
+        next(data.train_stream(2))
+
+
 def test_a_changed_file_is_named_when_a_stream_resumes(smollm2, files):
     _, state = next(build_data(config_of(files), smollm2).train_stream(4))
     with (files / "b.jsonl").open("a") as file:
