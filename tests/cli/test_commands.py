@@ -117,7 +117,7 @@ def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
     record = json.loads((trained.adapter / "adapter.json").read_text()) | {"template": "alpaca"}
     (tmp_path / "adapter" / "adapter.json").write_text(json.dumps(record))
     words = [*words[:2], "--adapter_dir", tmp_path / "adapter", "--evaluation.rows", 0]
-    text = shown(capsys, ["evaluate", *words]).out
+    text = " ".join(shown(capsys, ["evaluate", *words]).err.split())
     assert "warning: the adapter was trained with the template alpaca, and data.template is" in text
 
 

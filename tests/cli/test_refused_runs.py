@@ -88,7 +88,10 @@ SETTINGS = {
         ["--data.template", "chat"],
         ["without a chat template", "use template alpaca or plain"],
     ),
-    "a remat policy that nobody knows": (["--model.remat", "some"], ["model.remat='some'"]),
+    "a remat policy that nobody knows": (
+        ["--model.remat", "some"],
+        ["model.remat=some", "one of none, dots"],
+    ),
     "no rows for training": (["--data.train_files", "[]"], ["without data.train_files"]),
     "a task beside files": (["--data.source", "arithmetic"], ["data.source=arithmetic"]),
     "resume of nothing": (["--resume"], ["holds no run", "leave --resume out"]),
@@ -145,7 +148,7 @@ LONG = "a question that fills the whole length and more"
 ROWS: dict[str, tuple[str, str, list[str]]] = {
     "a row without the fields": (
         "rows.jsonl",
-        '{"instruction": "a", "output": "b"}\n{"text": "c"}\n',
+        '{"instruction": "a", "output": "b"}\n{"words": "c"}\n',
         ["rows.jsonl row 2", "fields text", "instruction/output", "data.on_bad_row=skip"],
     ),
     "a torn row": ("rows.jsonl", '{"instruction": "a", "out', ["row 1", "not JSON", "on_bad_row"]),
@@ -177,7 +180,7 @@ def test_rows_that_are_skipped_or_too_long_are_counted_and_never_nan(place, caps
     pairs = [(f"sky {n}", "blue") for n in range(8)] + [(f"{LONG} {n}", "x") for n in range(5)]
     write_rows(place.rows, pairs)
     with place.rows.open("a") as file:
-        file.write('{"text": "c"}\n{"instruction": "a", "out\n')
+        file.write('{"words": "c"}\n{"instruction": "a", "out\n')
     options = ["--data.on_bad_row", "skip", "--data.eval_rows", "0", "--evaluation.rows", "0"]
     arguments = ["train", "--config", str(place.config), "--train.steps", "2", *options]
     assert main(arguments) == 0
