@@ -149,7 +149,7 @@ ROWS: dict[str, tuple[str, str, list[str]]] = {
     "a row without the fields": (
         "rows.jsonl",
         '{"instruction": "a", "output": "b"}\n{"words": "c"}\n',
-        ["rows.jsonl row 2", "fields text", "instruction/output", "data.on_bad_row=skip"],
+        ["rows.jsonl row 2", "fields words", "instruction/output", "data.on_bad_row=skip"],
     ),
     "a torn row": ("rows.jsonl", '{"instruction": "a", "out', ["row 1", "not JSON", "on_bad_row"]),
     "an empty file": ("rows.jsonl", "", ["empty data set", "rows.jsonl"]),
