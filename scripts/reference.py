@@ -254,7 +254,8 @@ def _command(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _option(action: argparse.Action) -> tuple[str, str, str, str]:
-    option = f"`{action.option_strings[0]}`"
+    # What evaluate's --adapter was called before is what the parser knows it by.
+    option = f"`{action.option_strings[0].replace('--adapter_dir', '--adapter')}`"
     hint = getattr(action, "_typehint", None)
     kind = hint if hint is not None else action.type
     if action.nargs == 0:

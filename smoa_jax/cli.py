@@ -116,6 +116,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     if page := asked_for(arguments):
         print(command_page(parser, page))
         raise SystemExit(0)
+    _check_model_option(parser, arguments)
     try:
         return parser.parse_args(list(arguments))
     except UnicodeDecodeError as error:
@@ -128,6 +129,22 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise ValueError(
             f"{message}{_hint(message, known)}; see {parser.prog} --help all"
         ) from error
+
+
+def _check_model_option(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """Refuses ``--model`` where the option is ``--model.path``, and the other way round.
+
+    The parser would take the first for a file of the section model, the second for a part of it.
+    """
+    known = {action.dest for action in parser._actions}
+    wanted, other = ("model.path", "model") if "model.path" in known else ("model", "model.path")
+    given = {word.split("=")[0] for word in arguments}
+    require(
+        f"--{other}" not in given,
+        f"--{other}, which {parser.prog} does not have",
+        f"--{wanted}",
+        f"did you mean --{wanted}?",
+    )
 
 
 def _reworded(message: str) -> str:
@@ -173,7 +190,7 @@ def _run_parser(command: str) -> ArgumentParser:
 
     from smoa_jax.training.config import RunConfig
 
-    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of a run")
     parser.add_class_arguments(RunConfig, None)
     return parser
@@ -251,12 +268,13 @@ def _evaluate(arguments: list[str]) -> int:
 def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
     """What need not be given to evaluate an adapter: its run's configuration, or its own words."""
     from smoa_jax.checkpoint.native.directory import read_adapter
-    from smoa_jax.training.saved_adapter import run_settings
+    from smoa_jax.training.saved_adapter import locate, run_settings
 
     given = re.search(r"(?:^|\0)--adapter_dir(?:=|\0)([^\0]*)", "\0".join(words))
     if given is None:
         return {}
-    settings = run_settings(given.group(1))
+    directory = locate(given.group(1))
+    settings = run_settings(directory)
     if settings:
         kept = ("model", "mesh", "evaluation", "data")
         flat = {
@@ -274,7 +292,7 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
             for name in named:
                 flat.pop(f"data.{name}", None)
         return flat | sizes
-    description = read_adapter(given.group(1))
+    description = read_adapter(directory)
     template = {"data.template": description.template} if description.template else {}
     return {"model.path": description.base_name, "train.output_dir": "unused"} | template
 
@@ -392,7 +410,7 @@ def _function_parser(
     """A parser whose options are the keyword arguments of a command, but those in ``skip``."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_function_arguments(function, as_positional=False, skip=skip)
     return parser
 

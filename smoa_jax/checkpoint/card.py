@@ -74,8 +74,10 @@ def model_card(
     header: dict[str, object] = {"tags": ["smoa", "jax", kind]}
     if is_hub_name(base_name) and not Path(base_name).exists():
         header["base_model"] = base_name
+        at = base_name
     else:  # where it lies on this machine is nobody else's business
         base_name = Path(base_name).name
+        at = "BASE"
     if kind == "peft":
         header["library_name"] = "peft"
     elif kind == "huggingface":
@@ -85,7 +87,7 @@ def model_card(
     name = Path(base_name).name
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}, adapted\n\n"
-        f"| | |\n|---|---|\n{table}\n\n## How to use it\n{_USES[kind].format(base=base_name)}\n"
+        f"| | |\n|---|---|\n{table}\n\n## How to use it\n{_USES[kind].format(base=at)}\n"
         "Made with smoa_jax.\n"
     )
 

@@ -49,7 +49,7 @@ def check_target(
         overwrite,
         "a directory that already exists and isn't empty",
         "a new one",
-        f"choose another, or say overwrite to replace {what} in it",
+        f"choose another, or say overwrite (--overwrite) to replace {what} in it",
         where=target,
     )
     require(

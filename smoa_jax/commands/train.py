@@ -8,7 +8,7 @@ from smoa_jax.data.build import build_data
 from smoa_jax.data.preview import preview
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.processes import is_first
-from smoa_jax.training.checks import describe_data
+from smoa_jax.training.checks import advice_on_length, describe_data
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.run import run
 
@@ -40,6 +40,8 @@ def preview_rows(config: RunConfig, count: int) -> int:
     data = build_data(config.data, tokenizer)
     assert data.train is not None
     print(describe_data(data))
+    if advice := advice_on_length(config, data):
+        print(advice)
     for index in range(min(count, len(data.train.examples))):
         print(f"\n{preview(data.train.examples, index, tokenizer)}")
     return 0

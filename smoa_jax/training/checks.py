@@ -153,7 +153,9 @@ def describe_data(data: Data) -> str:
     to_train_on = f"{train:,} rows to train on"
     if data.streamed is not None:
         to_train_on = f"{len(data.streamed):,} rows to train on, streamed"
-    parts = [to_train_on, f"{held_out:,} held out"]
+    parts = [f"{held_out:,} held out"]
+    if data.train is not None:
+        parts.insert(0, to_train_on)
     parts += [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
     return "data: " + ", ".join(parts) + f"; template {data.config.template}"
 

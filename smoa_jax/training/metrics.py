@@ -108,7 +108,8 @@ class ProgressReport(contextlib.AbstractContextManager):
         self._bar.update(self._task, completed=completed, note=note)
         now = time.monotonic()
         if not self._live and (now - self._last_line >= 10 or completed == self._total):
-            self._console.print(f"{self._title} {completed}/{self._total}  {note}", markup=False)
+            line = f"{self._title} {completed}/{self._total}  {note}".rstrip()
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
             self._last_line = now
 
     def resize(self, completed: int, total: int, note: str) -> None:

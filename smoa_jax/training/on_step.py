@@ -181,6 +181,9 @@ def stop_on_signals(stopping: threading.Event) -> Iterator[None]:
     def ask(number: int, _: Any) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if jax.process_index() == 0:
+            again = "; Ctrl-C again aborts" if number == signal.SIGINT else ""
+            print(f"\nstopping: steps under way end first, then it saves{again}", flush=True)
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
         else:

@@ -215,6 +215,7 @@ def begin(prepared: Prepared, *, resume: bool, overwrite: bool) -> Begun:
             )
             if note := unchecked(restored.data_position):
                 report.say(note)
+            report.say(f"resuming after step {restored.step} of {prepared.steps}")
             for change in directory.changed_settings(config):
                 report.say(f"resuming with another setting, {change}")
             return Begun(

@@ -40,10 +40,7 @@ def adapter_directory(path: str | Path, checkpoint: str, model: str) -> Iterator
     Raises:
         CheckpointError: if there is no such adapter, run or checkpoint.
     """
-    given = Path(path).expanduser()
-    put_back(given)
-    if not given.exists() and is_hub_name(str(path)):
-        given = download(str(path), weights=True)
+    given = locate(path)
     run = _run_of(given)
     if not checkpoint:
         yield given if run is None or (given / ADAPTER_FILE).is_file() else _finished(run)
@@ -82,6 +79,27 @@ def write_checkpoint_adapter(
         base_name=settings["model"]["path"],
         template=settings["data"]["template"],
     )
+
+
+def locate(path: str | Path) -> Path:
+    """The directory that is meant by a path, or by ``organisation/adapter`` on the hub.
+
+    Raises:
+        CheckpointError: if nothing is there.
+    """
+    given = Path(path).expanduser()
+    put_back(given)
+    # Beside directories that are here, a name is one that was mistyped, not one of the hub.
+    if not given.exists() and is_hub_name(str(path)) and not given.parent.exists():
+        return download(str(path), weights=True)
+    require(
+        given.exists(),
+        "a path that does not exist",
+        "the directory of an adapter or a run",
+        "correct it",
+        where=path,
+    )
+    return given
 
 
 def run_settings(path: str | Path) -> dict[str, Any]:

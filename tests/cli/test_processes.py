@@ -109,6 +109,8 @@ def test_a_run_that_is_killed_and_terminated_ends_as_if_nothing_had_happened(pla
     stopped = read_metrics(broken, "train")[-1]["step"]
     assert [record["step"] for record in read_metrics(broken, "start")] == [0, found]
     assert found < stopped < 200
+    assert f"resuming after step {found} of 200" in printed
+    assert "stopping: steps under way end first, then it saves" in printed
     assert f"stopped at step {stopped}, saved; --resume goes on from there" in printed
     assert checkpoints(broken)[-1] == stopped
     assert not (broken / "adapter").exists()

@@ -181,3 +181,22 @@ def test_a_command_refuses_what_it_cannot_do(trained, tmp_path, capsys, monkeypa
     arguments = [known.get(word, word) for word in arguments]
     check_refused(capsys, arguments, words, [trained.base, trained.run])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--train.step", "5"], ["--train.step", "did you mean --train.steps?"]),
+        (["generate", "--max_new_token", "3"], ["did you mean --max_new_tokens?"]),
+        (["train", "--model", "model.gguf"], ["got --model,", "did you mean --model.path?"]),
+        (["generate", "--model.path", "M", "--prompt", "a"], ["did you mean --model?"]),
+        (["evaluate", "--adapter", "runs/nope"], ["runs/nope", "does not exist"]),
+        (["generate", "--model.path=M"], ["got --model.path,"]),
+    ],
+)
+def test_an_option_that_is_nearly_one_is_refused_with_the_one_that_is(
+    tmp_path, capsys, monkeypatch, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    check_refused(capsys, arguments, words, [])

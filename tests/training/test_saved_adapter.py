@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checkpoint.native.directory import read_adapter
 from smoa_jax.training import run as training_run
+from smoa_jax.training import saved_adapter
 from smoa_jax.training.run import run
 from smoa_jax.training.saved_adapter import adapter_directory
 from tests.training.conftest import use_one_device
@@ -117,3 +118,21 @@ def test_an_interrupted_run_gives_its_last_checkpoint_and_no_adapter(
         description = read_adapter(directory)
     assert (description.template, description.base_name) == ("plain", str(base_dir))
     assert yaml.safe_load((output / "config.yaml").read_text())["train"]["steps"] == 4
+
+
+def test_a_name_of_the_hub_is_fetched_and_a_mistyped_path_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    asked = []
+
+    def fetch(name, *, weights):
+        asked.append((name, weights))
+        return tmp_path / "fetched"
+
+    monkeypatch.setattr(saved_adapter, "download", fetch)
+    assert saved_adapter.locate("me/mine") == tmp_path / "fetched"
+    assert asked == [("me/mine", True)]
+    for path in ("runs/nope", "nowhere"):
+        with pytest.raises(CheckpointError, match=f"{path}: got a path that does not exist"):
+            saved_adapter.locate(path)
+    assert len(asked) == 1
