@@ -169,14 +169,13 @@ def parse_row(record: Any, *, origin: str, columns: Mapping[str, str] | None = N
 
 def _renamed(fields: dict[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
     """``fields`` by our names; a column that was renamed goes by its old name no more."""
-    missing = [column for column in columns.values() if column not in fields]
+    if not columns:
+        return fields
     found = ", ".join(map(str, fields)) or "no field"
     # Fields that a row may do without, its column may lack as well.
     optional = {columns[name] for name in ("input", "answer") if name in columns}
-    lacking = [column for column in missing if column not in optional]
+    lacking = [name for name in columns.values() if name not in fields and name not in optional]
     _need(not lacking, origin, f"fields {found}", f"data.columns' {', '.join(lacking)}")
-    if not columns:
-        return fields
     kept = {
         name: value
         for name, value in fields.items()

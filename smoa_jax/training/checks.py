@@ -156,15 +156,19 @@ def describe_data(data: Data) -> str:
     parts = [f"{held_out:,} held out"]
     if data.train is not None:
         parts.insert(0, to_train_on)
-    parts += [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
+    parts += _in_words(counts)
     return "data: " + ", ".join(parts) + f"; template {data.config.template}"
 
 
 def describe_dropped(data: Data) -> str:
     """What was left out of rows that were streamed; empty for nothing."""
     counts = data.streamed.counts if data.streamed is not None else Counter()
-    parts = [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
+    parts = _in_words(counts)
     return f"streamed, read ahead included: {', '.join(parts)}" if parts else ""
+
+
+def _in_words(counts: Counter[str]) -> list[str]:
+    return [f"{counts[name]:,} {words}" for name, words in _COUNT_WORDS.items() if counts[name]]
 
 
 def advice_on_length(config: RunConfig, data: Data) -> str:

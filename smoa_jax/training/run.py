@@ -156,13 +156,6 @@ def prepare(
         check_directory(config, directory, resume=resume, overwrite=overwrite)
         if directory.is_occupied:
             directory.lock()
-        check_trackers(config.train)
-        tokenizer = load_tokenizer(abstract_base(config.model.path).source)
-        data = build_data(config.data, tokenizer)
-        assert data.train is not None
-        config = dataclasses.replace(config, data=data.config)
-        report.say(describe_data(data))
-        report.say(preview(data.train.examples, 0, tokenizer))
         require(
             config.train.steps > 0 or not config.data.stream,
             "data.stream=true without train.steps",
@@ -170,6 +163,13 @@ def prepare(
             "set train.steps",
             error=RunError,
         )
+        check_trackers(config.train)
+        tokenizer = load_tokenizer(abstract_base(config.model.path).source)
+        data = build_data(config.data, tokenizer)
+        assert data.train is not None
+        config = dataclasses.replace(config, data=data.config)
+        report.say(describe_data(data))
+        report.say(preview(data.train.examples, 0, tokenizer))
         steps = config.train.steps or math.ceil(
             config.train.epochs * len(data.train) / config.train.batch_size
         )

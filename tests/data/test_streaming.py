@@ -12,7 +12,7 @@ import pytest
 from smoa_jax.data.build import build_data
 from smoa_jax.data.config import DataConfig, HubConfig
 from smoa_jax.data.packing import make_batch, plan_rows
-from smoa_jax.data.rows import BadRowError
+from smoa_jax.data.rows import BadRowError, Text
 from smoa_jax.data.streaming import JsonLines, PackedStream, StreamedRows, _as_batch
 
 
@@ -30,25 +30,17 @@ class Numbered:
 
 
 def streamed(count=23, **options):
+    def parse(record):
+        return Text(text=str(record[1]), origin=record[0])
+
     def encode(row):
-        length = 2 + row % 7
+        number = int(row.text)
+        length = 2 + number % 7
         trained = np.asarray([0] + [1] * (length - 1), np.uint8)
-        return [(np.full(length, row + 1, np.int32), trained)]
+        return [(np.full(length, number + 1, np.int32), trained)]
 
     defaults = {"max_length": 16, "pad": 0}
-    rows = StreamedRows(Numbered(count), lambda record: record[1], encode, **defaults | options)
-    rows.examples = unkeyed(rows)
-    return rows
-
-
-def unkeyed(rows):
-    """These rows are numbers, which ask nothing."""
-
-    def examples(index):
-        tokens = rows._encode(index)
-        return [{"tokens": ids, "trained": trained} for ids, trained in tokens]
-
-    return examples
+    return StreamedRows(Numbered(count), parse, encode, **defaults | options)
 
 
 def open_stream(count=23, batch_size=4, seed=0, **options):

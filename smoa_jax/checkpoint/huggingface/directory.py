@@ -37,6 +37,11 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def download(name: str, *, weights: bool) -> Path:
     """The directory of a hub model's files, downloaded unless they are in the hub's cache.
 
@@ -69,8 +74,7 @@ def download(name: str, *, weights: bool) -> Path:
             "or run `hf auth login` if it is private"
         ) from error
     except Exception as error:  # HTTP, proxy, disk and storage layers each raise their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{here}, and it can't be downloaded ({reason}); expected a directory, a GGUF file "
-            "or a connection to the hub: download it elsewhere and give its path"
+            f"{here}, and it can't be downloaded ({first_line(error)}); expected a directory, a "
+            "GGUF file or a connection to the hub: download it elsewhere and give its path"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from smoa_jax.checkpoint.errors import CheckpointError, require
-from smoa_jax.checkpoint.huggingface.directory import CONFIG_FILE, is_hub_name
+from smoa_jax.checkpoint.huggingface.directory import CONFIG_FILE, first_line, is_hub_name
 from smoa_jax.checkpoint.native.directory import ADAPTER_FILE
 from smoa_jax.checkpoint.peft.names import PEFT_CONFIG_FILE
 
@@ -65,15 +65,13 @@ def upload(directory: str | Path, name: str, *, private: bool = True, message: s
             commit_message=message or f"Upload {kinds[0]} made with smoa_jax",
         )
     except errors.HfHubHTTPError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"got {name}, which the hub does not take ({reason}); expected a repository that your "
-            "token may write to; check the name, or make a token with the role write"
+            f"got {name}, which the hub does not take ({first_line(error)}); expected a repository "
+            "that your token may write to; check the name, or make a token with the role write"
         ) from error
     except Exception as error:  # proxies, sockets and the storage layer each raise their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"got no connection to the hub ({reason}); expected one; nothing is lost: run it again "
-            "when there is one, files that have arrived are not sent twice"
+            f"got no connection to the hub ({first_line(error)}); expected one; nothing is lost: "
+            "run it again when there is one, files that have arrived are not sent twice"
         ) from error
     return f"https://huggingface.co/{name}"
