@@ -66,6 +66,8 @@ class SmoaConfig:
         kernel_views: Regular expression on the dotted path of a kernel -> how its axes form
             layers, inputs and outputs, such as ``"L | D | N H"``; kernels of two axes, or three
             with layers first, need none.
+        layer_numbers: Dotted path of a stack of layers -> which of the model's layers its entries
+            are, for models of several stacks; ``layers`` then means those. A run fills it in.
 
     Raises:
         ValueError: for any value or combination that has no meaning.
@@ -84,6 +86,7 @@ class SmoaConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     scaling: Scaling = "alpha/r"
     kernel_views: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layer_numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -99,10 +102,19 @@ class SmoaConfig:
         for name in ("ranks", "layers", "target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):  # as YAML and JSON give them
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        numbers = {stack: tuple(layers) for stack, layers in self.layer_numbers.items()}
+        object.__setattr__(self, "layer_numbers", numbers)
         _check_types(self)
         _check_ranks(self)
         _check_numbers(self)
         _check_patterns(self)
+
+    def to_fields(self) -> dict[str, Any]:
+        """All settings by name, as files hold them; ``layer_numbers`` only where there are any."""
+        fields = dataclasses.asdict(self)
+        if not self.layer_numbers:
+            del fields["layer_numbers"]
+        return fields
 
     @property
     def has_blocks(self) -> bool:
@@ -162,6 +174,7 @@ def _check_types(config: SmoaConfig) -> None:
         "ranks": config.ranks,
         "layers": config.layers,
         "rank_pattern": tuple(config.rank_pattern.values()),
+        "layer_numbers": sum(config.layer_numbers.values(), ()),
     }
     for name, values in whole.items():
         require(

@@ -38,6 +38,7 @@ class Target:
     rank: int
     subspace_ranks: tuple[int, ...]
     selected: tuple[bool, ...]  # one per layer; one entry when there is no layer axis
+    layers: tuple[int, ...]  # their indices in the model; 0 when there is no layer axis
 
     @property
     def name(self) -> str:
@@ -170,6 +171,8 @@ def _target(name: str, kernel: _Kernel, config: SmoaConfig) -> Target:
     pattern = _first_match(config.rank_pattern, name)
     rank = config.rank if pattern is None else config.rank_pattern[pattern]
     view = view_of(kernel.view_text, len(shape), name)
+    leading = view.matrix_shape(shape)[:-2]
+    layers = stacked_layers(config.layer_numbers, name, leading[0]) if leading else ()
     return Target(
         path=kernel.path[:-1],
         key=kernel.path[-1],
@@ -179,7 +182,8 @@ def _target(name: str, kernel: _Kernel, config: SmoaConfig) -> Target:
         view_text=kernel.view_text,
         rank=rank,
         subspace_ranks=config.subspace_ranks(rank, name),
-        selected=_selected_layers(config.layers, name, view.matrix_shape(shape)[:-2]),
+        selected=_selected(config.layers, name, layers),
+        layers=layers or (0,),
     )
 
 
@@ -213,15 +217,29 @@ def _view_pattern(path: tuple[str, ...], config: SmoaConfig) -> str | None:
     return _first_match(config.kernel_views, ".".join(path), ".".join(path[:-1]))
 
 
-def _selected_layers(
-    layers: tuple[int, ...], name: str, leading: tuple[int, ...]
-) -> tuple[bool, ...]:
+def stacked_layers(
+    layer_numbers: Mapping[str, tuple[int, ...]], name: str, depth: int
+) -> tuple[int, ...]:
+    """The model's index of each of the ``depth`` layers of the kernel at a dotted path.
+
+    Raises:
+        ValueError: if ``layer_numbers`` knows more or fewer of them.
+    """
+    stacks = [stack for stack in layer_numbers if name.startswith(f"{stack}.")]
+    numbers = layer_numbers[stacks[0]] if stacks else tuple(range(depth))
+    require(
+        len(numbers) == depth,
+        f"layer_numbers of {len(numbers)} layers for {name}, which has {depth}",
+        "one for each",
+    )
+    return numbers
+
+
+def _selected(wanted: tuple[int, ...], name: str, layers: tuple[int, ...]) -> tuple[bool, ...]:
     """Which layers of a kernel to adapt; an unstacked kernel's index is the number in its path."""
     if not layers:
-        return (True,) * (leading[0] if leading else 1)
-    if leading:
-        return tuple(index in layers for index in range(leading[0]))
-    return (_layer_number(name) <= set(layers),)
+        return (not wanted or _layer_number(name) <= set(wanted),)
+    return tuple(not wanted or layer in wanted for layer in layers)
 
 
 def _layer_number(name: str) -> set[int]:
@@ -281,7 +299,7 @@ def _check_layers(layers: tuple[int, ...], targets: list[Target], selected: list
     """Refuse layers that no target has."""
     known: set[int] = set()
     for target in targets:
-        known |= set(range(target.leading[0])) if target.leading else _layer_number(target.name)
+        known |= set(target.layers) if target.leading else _layer_number(target.name)
     unknown = [str(layer) for layer in layers if layer not in known]
     if known and unknown:
         refuse(

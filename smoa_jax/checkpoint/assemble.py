@@ -25,9 +25,10 @@ from smoa_jax.checkpoint.names import (
     HEAD_NAME,
     TensorSlot,
     is_harmless,
-    tensor_slots,
+    is_unused,
     unflatten_tree,
 )
+from smoa_jax.models.config import DecoderConfig
 
 #: One slice per axis.
 Index: TypeAlias = tuple[slice, ...]
@@ -68,7 +69,9 @@ class TensorReader(Protocol):
         ...
 
 
-def check_tensors(reader: TensorReader, slots: Mapping[str, TensorSlot]) -> None:
+def check_tensors(
+    reader: TensorReader, slots: Mapping[str, TensorSlot], config: DecoderConfig
+) -> None:
     """Refuse a checkpoint whose names or shapes don't fit the model that its config describes."""
     stored = reader.tensors
     missing = [name for name in slots if name not in stored]
@@ -85,7 +88,11 @@ def check_tensors(reader: TensorReader, slots: Mapping[str, TensorSlot]) -> None
             "the two belong to different models",
             where=reader.source,
         )
-    surplus = [name for name in stored if name not in slots and not is_harmless(name)]
+    surplus = [
+        name
+        for name in stored
+        if not (name in slots or is_harmless(name) or is_unused(name, config))
+    ]
     if surplus == [HEAD_NAME]:
         _check_tied_head(reader)
     elif surplus:
@@ -130,20 +137,24 @@ def fingerprint(reader: TensorReader, slots: Mapping[str, TensorSlot]) -> str:
 
 
 def assemble(
-    reader: TensorReader, abstract: Mapping[str, Any], shardings: Mapping[str, Any] | None
+    reader: TensorReader,
+    abstract: Mapping[str, Any],
+    slots: Mapping[str, TensorSlot],
+    shardings: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The params tree: shapes and dtypes of ``abstract``, values of ``reader``.
 
     Args:
         reader: the checkpoint, already checked against ``abstract``.
         abstract: a tree of ``jax.ShapeDtypeStruct``.
+        slots: the tensors that it stands for.
         shardings: a tree of the same structure with a sharding per array, or None for JAX's
             default device.
     """
     leaves = dict(walk(abstract))
     wanted = _match_shardings(abstract, shardings)
     by_path: dict[tuple[str, ...], list[TensorSlot]] = {}
-    for slot in tensor_slots(abstract).values():
+    for slot in slots.values():
         by_path.setdefault(slot.path, []).append(slot)
     arrays = {}
     for path, leaf in leaves.items():

@@ -80,8 +80,8 @@ def open_base(path: str | Path, dtype: DTypeLike = jnp.float32) -> StoredBase:
     found = _locate(path, weights=True)
     abstract, gguf_file = _describe(found, dtype)
     reader: TensorReader = gguf_file or open_tensors(found, abstract.hf_config)
-    slots = tensor_slots(abstract.params)
-    check_tensors(reader, slots)
+    slots = tensor_slots(abstract.params, abstract.config)
+    check_tensors(reader, slots, abstract.config)
     fields = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(abstract)}
     return StoredBase(**fields, fingerprint=fingerprint(reader, slots), reader=reader, slots=slots)
 
@@ -109,7 +109,7 @@ def load_base(
     """
     stored = open_base(path, dtype)
     fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(AbstractBase)}
-    params = assemble(stored.reader, stored.params, shardings)
+    params = assemble(stored.reader, stored.params, stored.slots, shardings)
     return BaseModel(**{**fields, "params": params}, fingerprint=stored.fingerprint)
 
 

@@ -1,10 +1,15 @@
 """One table of tensor names: Hugging Face's, GGUF's and the path in our params tree.
 
 Reading and writing walk the same rows, so a name can't drift between them. On disk every layer has
-tensors of its own and a linear layer is ``(outputs, inputs)``; in the tree all layers are one stack
-with a leading L and a kernel is ``(inputs, outputs)``:
+tensors of its own and a linear layer is ``(outputs, inputs)``; in the tree equal layers are one
+stack with a leading axis and a kernel is ``(inputs, outputs)``:
 
     model.layers.3.mlp.up_proj.weight  (F, D)   <->   layers/mlp/up_proj/kernel[3]  (D, F)
+
+Where layers differ in shape there are several stacks, each of which knows its layers
+(``models/stacks.py``); for layer 7 of a Gemma 4 whose layers 4, 9 ... are global:
+
+    model.layers.7.mlp.up_proj.weight  (F, D)   <->   layers/local/mlp/up_proj/kernel[6]  (D, F)
 
 A ``TensorSlot`` is one row made concrete for a given tree: a tensor on disk and its place in it.
 """
@@ -13,23 +18,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from smoa_jax.adapter.targets import walk
 from smoa_jax.checkpoint.errors import listed
 from smoa_jax.checks import require
+from smoa_jax.models.config import DecoderConfig
+from smoa_jax.models.stacks import LAYERS_KEY, Stack, layer_stacks
 
 #: Keys from the root of the params tree to one array.
 TreePath: TypeAlias = tuple[str, ...]
 
-#: The top-level key whose arrays stack all layers along their first axis.
-LAYERS_KEY = "layers"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NameRule:
-    """One row of the table; ``{layer}`` in a name stands for the layer's index."""
+    """One row of the table; ``{layer}`` in a name stands for the layer's index in the model.
+
+    The path of what is stacked leads through ``layers`` alone, whatever stacks there are.
+    """
 
     name: str
     gguf_name: str
@@ -44,7 +51,8 @@ class TensorSlot:
     name: str
     gguf_name: str
     path: TreePath
-    layer: int | None  # index into the stack; None for what is not stacked
+    layer: int | None  # index into its stack, not the model's; None for what is not stacked
+    number: int | None  # of the layer in the model
     transpose: bool
     shape: tuple[int, ...]  # as on disk: (outputs, inputs) for a kernel
 
@@ -54,6 +62,15 @@ def _layer_rule(module: str, gguf_module: str, leaf: str) -> NameRule:
         name=f"model.layers.{{layer}}.{module}.weight",
         gguf_name=f"blk.{{layer}}.{gguf_module}.weight",
         path=(LAYERS_KEY, *module.split("."), leaf),
+        transpose=leaf == "kernel",
+    )
+
+
+def _top_rule(module: str, gguf_module: str, leaf: str) -> NameRule:
+    return NameRule(
+        name=f"model.{module}.weight",
+        gguf_name=f"{gguf_module}.weight",
+        path=(*module.split("."), leaf),
         transpose=leaf == "kernel",
     )
 
@@ -68,11 +85,10 @@ def name_rules(*, post_norms: bool) -> tuple[NameRule, ...]:
     after_mlp = _layer_rule("post_feedforward_layernorm", "post_ffw_norm", "scale")
     after_attention = "post_attention_norm" if post_norms else "ffn_norm"
     return (
-        NameRule(
-            name="model.embed_tokens.weight",
-            gguf_name="token_embd.weight",
-            path=("embed_tokens", "embedding"),
-        ),
+        _top_rule("embed_tokens", "token_embd", "embedding"),
+        _top_rule("embed_tokens_per_layer", "per_layer_token_embd", "embedding"),
+        _top_rule("per_layer_model_projection", "per_layer_model_proj", "kernel"),
+        _top_rule("per_layer_projection_norm", "per_layer_proj_norm", "scale"),
         _layer_rule("input_layernorm", "attn_norm", "scale"),
         _layer_rule("self_attn.q_proj", "attn_q", "kernel"),
         _layer_rule("self_attn.k_proj", "attn_k", "kernel"),
@@ -86,7 +102,15 @@ def name_rules(*, post_norms: bool) -> tuple[NameRule, ...]:
         _layer_rule("mlp.up_proj", "ffn_up", "kernel"),
         _layer_rule("mlp.down_proj", "ffn_down", "kernel"),
         *((after_mlp,) if post_norms else ()),
-        NameRule(name="model.norm.weight", gguf_name="output_norm.weight", path=("norm", "scale")),
+        _layer_rule("per_layer_input_gate", "inp_gate", "kernel"),
+        _layer_rule("per_layer_projection", "proj", "kernel"),
+        _layer_rule("post_per_layer_input_norm", "post_norm", "scale"),
+        NameRule(
+            name="model.layers.{layer}.layer_scalar",
+            gguf_name="blk.{layer}.layer_output_scale.weight",
+            path=(LAYERS_KEY, "layer_scalar"),
+        ),
+        _top_rule("norm", "output_norm", "scale"),
         NameRule(
             name="lm_head.weight",
             gguf_name="output.weight",
@@ -105,10 +129,25 @@ HEAD_NAME = NAME_RULES[-1].name
 # Buffers that some writers store although the config already says what they hold.
 _HARMLESS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
+_UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:[kv]_proj|[kv]_norm)\.weight")
+
 
 def is_harmless(name: str) -> bool:
     """Whether a surplus tensor of this Hugging Face name may be left unread."""
     return _HARMLESS.fullmatch(name) is not None
+
+
+def is_unused(name: str, config: DecoderConfig) -> bool:
+    """Whether a tensor of this Hugging Face name is one that the decoder has no use for.
+
+    Google ships keys and values also for the layers of a Gemma 4 that read those of others, and
+    other programs want them to be there: an export copies them.
+    """
+    match = _UNUSED.fullmatch(name)
+    if match is None:
+        return False
+    sharing = [stack.layers for stack in layer_stacks(config) if stack.shape.shares_kv]
+    return any(int(match[1]) in layers for layers in sharing)
 
 
 def name_of_gguf(gguf_name: str, *, post_norms: bool) -> str | None:
@@ -131,50 +170,77 @@ def unflatten_tree(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
     return tree
 
 
-def tensor_slots(params: Mapping[str, Any]) -> dict[str, TensorSlot]:
+def layer_numbers(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The model's indices of the layers in each stack, by the stack's dotted path.
+
+    Empty for a model of one stack, where the two are the same. Adapters take it as
+    ``SmoaConfig.layer_numbers``.
+    """
+    stacks = layer_stacks(config)
+    return {".".join(stack.path): stack.layers for stack in stacks} if len(stacks) > 1 else {}
+
+
+def unstacked_path(path: TreePath, stacks: Sequence[Stack]) -> tuple[TreePath, Stack | None]:
+    """A path of the tree as the table has it, without the name of its stack; and the stack."""
+    for stack in stacks:
+        if path[: len(stack.path)] == stack.path:
+            return (LAYERS_KEY, *path[len(stack.path) :]), stack
+    return path, None
+
+
+def tensor_slots(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, TensorSlot]:
     """Every tensor on disk that ``params`` (arrays or abstract ones) stands for, by its name.
 
     In the order of the table, layer by layer. Raises ValueError for an array that has no row here,
     such as the modulation of an adapter that has not been merged.
     """
-    leaves = dict(walk(params))
-    post_norms = any("pre_feedforward_layernorm" in path for path in leaves)
-    rules = {rule.path: rule for rule in name_rules(post_norms=post_norms)}
-    unknown = ["/".join(path) for path in leaves if path not in rules]
+    rules = {rule.path: rule for rule in name_rules(post_norms=config.post_norms)}
+    stacks = layer_stacks(config)
+    leaves: dict[tuple[TreePath, int | None], tuple[TreePath, int | None, Any]] = {}
+    unknown = []
+    for path, leaf in walk(params):
+        plain, stack = unstacked_path(path, stacks)
+        if plain not in rules:
+            unknown.append("/".join(path))
+        elif stack is None:
+            leaves[plain, None] = (path, None, leaf)
+        else:
+            require(
+                leaf.shape[0] == len(stack.layers),
+                f"{'/'.join(path)} of {leaf.shape[0]} layers",
+                f"{len(stack.layers)}, as the config has",
+            )
+            for index, layer in enumerate(stack.layers):
+                leaves[plain, layer] = (path, index, leaf)
     require(
         not unknown,
         f"a params tree with {listed(unknown)}, which no Hugging Face tensor stands for",
         "a plain tree of the decoder: merge the adapter first",
     )
-    present = [rule for rule in rules.values() if rule.path in leaves]
-    depths = {leaves[rule.path].shape[0] for rule in present if rule.path[0] == LAYERS_KEY}
-    require(len(depths) <= 1, f"stacks of {sorted(depths)} layers", "one number for all")
-    num_layers = depths.pop() if depths else 0
-
-    slots: dict[str, TensorSlot] = {}
-    for rule in [rule for rule in present if rule.path == ("embed_tokens", "embedding")]:
-        slots.update([_slot(rule, None, leaves)])
-    for layer in range(num_layers):
-        slots.update(_slot(rule, layer, leaves) for rule in present if rule.path[0] == LAYERS_KEY)
-    for rule in present:
-        if rule.path[0] != LAYERS_KEY and rule.name not in slots:
-            slots.update([_slot(rule, None, leaves)])
-    return slots
+    before = [rule for rule in rules.values() if rule.path[0] != LAYERS_KEY]
+    after = [before.pop() for _ in range(2)][::-1]  # the last norm and the head
+    stacked = [rule for rule in rules.values() if rule.path[0] == LAYERS_KEY]
+    order: list[tuple[NameRule, int | None]] = [(rule, None) for rule in before]
+    order += [(rule, layer) for layer in range(config.num_layers) for rule in stacked]
+    order += [(rule, None) for rule in after]
+    slots = [
+        _slot(rule, layer, *leaves[rule.path, layer])
+        for rule, layer in order
+        if (rule.path, layer) in leaves
+    ]
+    return {slot.name: slot for slot in slots}
 
 
 def _slot(
-    rule: NameRule, layer: int | None, leaves: Mapping[TreePath, Any]
-) -> tuple[str, TensorSlot]:
-    shape = tuple(leaves[rule.path].shape)
-    if layer is not None:
-        shape = shape[1:]
-    name = rule.name.format(layer=layer)
-    slot = TensorSlot(
-        name=name,
+    rule: NameRule, layer: int | None, path: TreePath, index: int | None, leaf: Any
+) -> TensorSlot:
+    shape = tuple(leaf.shape) if layer is None else tuple(leaf.shape[1:])
+    return TensorSlot(
+        name=rule.name.format(layer=layer),
         gguf_name=rule.gguf_name.format(layer=layer),
-        path=rule.path,
-        layer=layer,
+        path=path,
+        layer=index,
+        number=layer,
         transpose=rule.transpose,
         shape=shape[::-1] if rule.transpose else shape,
     )
-    return name, slot

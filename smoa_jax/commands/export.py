@@ -168,7 +168,7 @@ def _write_orbax(
     """Orbax writes whole arrays, so the merged model is put together once, on the host."""
     rounded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), base.params)
     with jax.default_device(jax.devices("cpu")[0]):
-        merged = assemble(reader, rounded, None)
+        merged = assemble(reader, rounded, base.slots, None)
         export_orbax(
             merged,
             base.config,

@@ -7,9 +7,11 @@ from pathlib import Path
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.directories import check_target
+from smoa_jax.checkpoint.names import layer_numbers
 from smoa_jax.checkpoint.native import directory as adapter_files
 from smoa_jax.checkpoint.native.directory import save_adapter
 from smoa_jax.checkpoint.peft.load import import_peft
+from smoa_jax.checkpoint.peft.names import module_naming
 from smoa_jax.commands.tables import console
 from smoa_jax.training.model import resolve_dtype
 
@@ -31,7 +33,12 @@ def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = Fals
         inputs=[model, peft],
     )
     base = load_base(model, resolve_dtype("auto"))
-    params, config = import_peft(peft, base.params)
+    params, config = import_peft(
+        peft,
+        base.params,
+        hf_module_name=module_naming(base.hf_config),
+        layer_numbers=layer_numbers(base.config),
+    )
     save_adapter(
         params,
         config,

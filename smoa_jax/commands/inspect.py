@@ -18,6 +18,7 @@ from smoa_jax.adapter.targets import match_names
 from smoa_jax.checkpoint.base import StoredBase, abstract_base, open_base
 from smoa_jax.checkpoint.card import method_name
 from smoa_jax.checkpoint.export.merged import MergedReader
+from smoa_jax.checkpoint.names import layer_numbers
 from smoa_jax.checkpoint.native.directory import open_adapter
 from smoa_jax.checks import refuse, require
 from smoa_jax.commands.tables import console
@@ -106,7 +107,7 @@ def inspect(
         base = abstract_base(model)
         if modules is not None:
             plan["target_modules"] = modules
-        config = SmoaConfig(layers=tuple(chosen), **plan)
+        config = SmoaConfig(layers=tuple(chosen), layer_numbers=layer_numbers(base.config), **plan)
         rows = target_rows(base.params, config)
         found = [_Inspected(config=config, trained=_count(rows), rows=rows)]
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base.params))

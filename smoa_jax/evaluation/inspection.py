@@ -97,7 +97,9 @@ def _row(target: Target, config: SmoaConfig) -> TargetRow:
     return TargetRow(
         name=target.name,
         stacked=bool(target.leading),
-        selected=tuple(layer for layer, chosen in enumerate(target.selected) if chosen),
+        selected=tuple(
+            layer for layer, chosen in zip(target.layers, target.selected, strict=True) if chosen
+        ),
         shape=target.matrix_shape[-2:],
         ranks=target.subspace_ranks,
         trainable=count_target(target, config),

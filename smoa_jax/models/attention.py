@@ -4,7 +4,9 @@ The softmax is float32. Every mask leaves masked scores finite, so a row that ma
 padding token) gives a finite average that no one reads, never NaN.
 
 Layers differ in what they see and in how they turn: ``AttentionContext`` holds both kinds, made
-once, and a layer selects its own. Without local layers there is nothing to select.
+once, and a layer selects its own. Without local layers there is nothing to select. Whether a layer
+is local is scanned data (an array) where local and global layers are stacked together, and a plain
+bool where each kind has a stack of its own.
 """
 
 from __future__ import annotations
@@ -20,20 +22,25 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.models.config import DecoderConfig
-from smoa_jax.models.layers import Linear, RMSNorm, soft_cap
+from smoa_jax.models.layers import Linear, RMSNorm, soft_cap, unit_rms
 from smoa_jax.models.rope import RopeTables, apply_rope
+from smoa_jax.models.stacks import LayerShape
 
 #: Called on activations with the logical name of each axis; returns them, perhaps constrained.
 Constrain: TypeAlias = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-#: All layers' cached keys and values, and the first slot to write; None when training.
+#: Cached keys and values of a stack's layers, and the first slot to write; None when training.
 LayerCaches: TypeAlias = tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"], Int[Array, ""]]
+#: A layer's finished keys (normed and turned) and values, all that a token may attend to.
+KeysValues: TypeAlias = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+#: Whether a layer is local; None in models without local layers.
+Locality: TypeAlias = Bool[Array, ""] | bool | None
 
 
 class FusedAttention(Protocol):
     """Attention of whole sequences in one kernel that never holds the scores.
 
     Hashable, since it is a field of the model. ``segment_ids`` None means one segment a row;
-    ``local`` is a scalar, None in models without local layers.
+    ``local`` is a bool or a scalar, None in models without local layers.
     """
 
     def __call__(
@@ -43,7 +50,7 @@ class FusedAttention(Protocol):
         value: Float[Array, "B T K H"],
         *,
         segment_ids: Int[Array, "B T"] | None,
-        local: Bool[Array, ""] | None,
+        local: Locality,
         config: DecoderConfig,
     ) -> Float[Array, "B T N H"]: ...
 
@@ -65,18 +72,18 @@ class AttentionContext(NamedTuple):
     local_mask: Bool[Array, "#B 1 T S"] | None
     segment_ids: Int[Array, "B T"] | None
 
-    def of_layer(
-        self, local: Bool[Array, ""] | None
-    ) -> tuple[RopeTables, Bool[Array, "#B 1 T S"] | None]:
+    def of_layer(self, local: Locality) -> tuple[RopeTables, Bool[Array, "#B 1 T S"] | None]:
         """Return the tables and the mask of one layer."""
         return _select(local, self.local_rope, self.rope), _select(
             local, self.local_mask, self.mask
         )
 
 
-def _select(local: jax.Array | None, if_local: Any, otherwise: Any) -> Any:
+def _select(local: Locality, if_local: Any, otherwise: Any) -> Any:
     if local is None or if_local is None:
         return otherwise
+    if isinstance(local, bool):
+        return if_local if local else otherwise
     return jax.tree.map(lambda one, other: jax.lax.select(local, one, other), if_local, otherwise)
 
 
@@ -142,9 +149,17 @@ def _capped_attention(
 
 
 class SelfAttention(nn.Module):
-    """Project, turn, attend, project back."""
+    """Project, turn, attend, project back.
+
+    Args:
+        config: Of the decoder.
+        shape: Of this layer.
+        constrain: As the decoder has it.
+        fused: Likewise.
+    """
 
     config: DecoderConfig
+    shape: LayerShape
     constrain: Constrain
     fused: FusedAttention | None = None
 
@@ -154,23 +169,29 @@ class SelfAttention(nn.Module):
         x: Float[Array, "B T D"],
         context: AttentionContext,
         layer: Int[Array, ""],
-        local: Bool[Array, ""] | None,
+        local: Locality,
         caches: LayerCaches | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCaches | None]:
-        config = self.config
+        shared: KeysValues | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCaches | None, KeysValues]:
+        """Return the change, the filled caches, and the keys and values that were attended to.
+
+        ``layer`` is the layer's index in its stack; ``shared`` are the keys and values of a layer
+        that has none of its own.
+        """
+        config, head_dim = self.config, self.shape.head_dim
         rope, mask = context.of_layer(local)
         query = self._heads(x, "q_proj", config.num_heads)
-        key = self._heads(x, "k_proj", config.num_kv_heads)
-        value = self._heads(x, "v_proj", config.num_kv_heads)
         if config.qk_norm:
-            norm = (config.head_dim, config.norm_epsilon, config.norm_offset)
-            query = RMSNorm(*norm, name="q_norm")(query)
-            key = RMSNorm(*norm, name="k_norm")(key)
-        query, key = apply_rope(query, rope), apply_rope(key, rope)
-        query = self.constrain(query, ("batch", "time", "heads", "head_dim"))
-        if caches is not None:
-            key, value, caches = _update(caches, layer, key, value)
-        if self.fused is not None and caches is None:
+            query = self._norm(query, "q_norm")
+        query = self.constrain(apply_rope(query, rope), ("batch", "time", "heads", "head_dim"))
+        if self.shape.shares_kv:
+            assert shared is not None
+            key, value = shared
+        else:
+            key, value = self._keys_values(x, rope)
+            if caches is not None:
+                key, value, caches = _update(caches, layer, key, value)
+        if self.fused is not None and mask is None:  # with a cache there always is one
             segments = context.segment_ids
             attended = self.fused(
                 query, key, value, segment_ids=segments, local=local, config=config
@@ -179,12 +200,27 @@ class SelfAttention(nn.Module):
             scale, cap = config.attention_scale, config.attention_soft_cap
             attended = attend(query, key, value, mask, scale=scale, cap=cap)
         attended = self.constrain(attended, ("batch", "time", "heads", "head_dim"))
-        width = config.num_heads * config.head_dim
+        width = config.num_heads * head_dim
         flat = attended.reshape((*attended.shape[:2], width))
-        return Linear(width, config.embed_dim, name="o_proj")(flat), caches
+        change = Linear(width, config.embed_dim, name="o_proj")(flat)
+        return change, caches, (key, value)
+
+    def _keys_values(self, x: jax.Array, rope: RopeTables) -> KeysValues:
+        config, count = self.config, self.shape.num_kv_heads
+        key = self._heads(x, "k_proj", count)
+        value = key if self.shape.keys_as_values else self._heads(x, "v_proj", count)
+        if config.value_norm:
+            value = unit_rms(value, config.norm_epsilon).astype(value.dtype)
+        if config.qk_norm:
+            key = self._norm(key, "k_norm")
+        return apply_rope(key, rope), value
+
+    def _norm(self, x: jax.Array, name: str) -> Float[Array, "B T N H"]:
+        config = self.config
+        return RMSNorm(self.shape.head_dim, config.norm_epsilon, config.norm_offset, name=name)(x)
 
     def _heads(self, x: jax.Array, name: str, count: int) -> Float[Array, "B T N H"]:
-        head_dim = self.config.head_dim
+        head_dim = self.shape.head_dim
         flat = Linear(self.config.embed_dim, count * head_dim, name=name)(x)
         return flat.reshape((*flat.shape[:2], count, head_dim))
 

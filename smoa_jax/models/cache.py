@@ -9,43 +9,64 @@ start are never attended to.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from smoa_jax.models.config import DecoderConfig
+from smoa_jax.models.stacks import layer_stacks
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of every layer, with room for S tokens a row."""
+    """Keys and values of every layer that has its own, with room for S tokens a row.
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    By the name of the layers' stack, since layers of different stacks may differ in K and H.
+    """
+
+    keys: dict[str, Any]  # [L', B, S, K, H] each
+    values: dict[str, Any]
     starts: Int[Array, " B"]
     length: Int[Array, ""]
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return next(iter(self.keys.values())).shape[2]
 
 
 def empty_cache(
     config: DecoderConfig, starts: Int[Array, " B"], num_slots: int, dtype: DTypeLike
 ) -> KVCache:
     """Return a cache with nothing in it, for rows whose first token comes at slot ``starts``."""
-    shape = (
-        config.num_layers,
-        starts.shape[0],
-        num_slots,
-        config.num_kv_heads,
-        config.head_dim,
-    )
+    shapes = {
+        stack.name: (
+            len(stack.layers),
+            starts.shape[0],
+            num_slots,
+            stack.shape.num_kv_heads,
+            stack.shape.head_dim,
+        )
+        for stack in layer_stacks(config)
+        if not stack.shape.shares_kv
+    }
     return KVCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys={name: jnp.zeros(shape, dtype) for name, shape in shapes.items()},
+        values={name: jnp.zeros(shape, dtype) for name, shape in shapes.items()},
         starts=starts.astype(jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def stack_caches(
+    cache: KVCache,
+) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+    """The keys and values of each stack, and the slot that is written next, as layers take them."""
+    return {name: (cache.keys[name], cache.values[name], cache.length) for name in cache.keys}
 
 
 def cache_positions(cache: KVCache, num_new: int) -> Int[Array, "B T"]:
@@ -60,7 +81,7 @@ def cache_mask(cache: KVCache, num_new: int, window: int = 0) -> Bool[Array, "B 
     ``window`` above 0 leaves only the last so many. A row's tokens lie in adjacent slots, so a
     difference of slots is one of positions.
     """
-    slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, None, :]
+    slots = jnp.arange(cache.num_slots, dtype=jnp.int32)[None, None, :]
     queries = cache.length + jnp.arange(num_new, dtype=jnp.int32)[None, :, None]
     visible = (slots <= queries) & (slots >= cache.starts[:, None, None])
     if window:
@@ -70,9 +91,9 @@ def cache_mask(cache: KVCache, num_new: int, window: int = 0) -> Bool[Array, "B 
 
 def select_rows(cache: KVCache, rows: Int[Array, " B"]) -> KVCache:
     """Return the cache of the given rows, in that order; a row may come more than once."""
-    return dataclasses.replace(
-        cache,
-        keys=jnp.take(cache.keys, rows, axis=1),
-        values=jnp.take(cache.values, rows, axis=1),
-        starts=jnp.take(cache.starts, rows, axis=0),
+    keys, values = (
+        {name: jnp.take(stack, rows, axis=1) for name, stack in stacks.items()}
+        for stacks in (cache.keys, cache.values)
     )
+    starts = jnp.take(cache.starts, rows, axis=0)
+    return dataclasses.replace(cache, keys=keys, values=values, starts=starts)

@@ -16,6 +16,11 @@ soft caps                  none      none          both          none
 ``local_layers``           none      none          every other   five of six, own RoPE base
 =========================  ========  ============  ============  ===========================
 
+Gemma 4 is a Gemma 3 with ``norm_offset`` 0 and ``query_scale`` 1 whose global layers may have heads
+of their own shape (``global_head_dim``, ``num_global_kv_heads``, ``global_keys_as_values``), whose
+last layers may read the keys and values of earlier ones (``num_kv_shared_layers``), and all of
+whose layers may be told each token once more (``per_layer_dim``).
+
 A ``DecoderConfig`` is hashable, so that it can be a static argument of a jitted function, and
 validated when made: whoever holds one may rely on it.
 """
@@ -29,7 +34,7 @@ from smoa_jax.checks import require
 #: Names of the feed-forward activations that ``layers.py`` knows.
 ACTIVATIONS = ("silu", "gelu_tanh")
 #: Kinds of rotary scaling that ``rope.py`` knows.
-ROPE_SCALING_KINDS = ("none", "linear", "llama3")
+ROPE_SCALING_KINDS = ("none", "linear", "llama3", "proportional")
 
 
 def _require_positive(config: object, names: tuple[str, ...]) -> None:
@@ -50,6 +55,8 @@ class RopeScaling:
     ``linear`` divides every frequency by ``factor``. ``llama3`` (Llama 3.1 and later) divides those
     whose wavelength exceeds ``original_max_positions / low_freq_factor``, leaves those below
     ``original_max_positions / high_freq_factor`` alone, and interpolates between them.
+    ``proportional`` (Gemma 4) divides by ``factor`` and turns only the first ``rotated_share`` of a
+    head's pairs, those of the highest frequencies.
     """
 
     kind: str = "none"
@@ -57,6 +64,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    rotated_share: float = 1.0
 
     def __post_init__(self) -> None:
         require(
@@ -72,6 +80,13 @@ class RopeScaling:
             "set the kind that the factor belongs to",
         )
         _require_positive(self, ("original_max_positions",))
+        require(
+            0 < self.rotated_share <= 1
+            and (self.kind == "proportional" or self.rotated_share == 1),
+            f"RoPE scaling kind {self.kind!r} with rotated_share {self.rotated_share}",
+            "a share above 0 and up to 1, and 1 for all kinds but 'proportional'",
+            "correct the RoPE scaling",
+        )
         require(
             self.kind != "llama3" or 0 < self.low_freq_factor < self.high_freq_factor,
             f"low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}",
@@ -108,6 +123,17 @@ class DecoderConfig:
         sliding_window: Tokens that a local layer's token sees, itself included; 0 without any.
         local_layers: Which layers are local: one entry per layer, or none at all.
         local_rope_base: Base of the local layers, unscaled; 0 for the same as the others'.
+        value_norm: Whether values are normed, head by head, without a weight.
+        global_head_dim: H of the layers that are not local; 0 for ``head_dim``.
+        num_global_kv_heads: K of the layers that are not local; 0 for ``num_kv_heads``.
+        global_keys_as_values: Whether those layers have no values of their own: what their key
+            projection gives is both, values before keys are normed and turned.
+        num_kv_shared_layers: How many of the last layers have no keys and values of their own and
+            attend to those of the last layer before them that is local or global as they are.
+        shared_mlp_dim: F of these layers; 0 for ``mlp_dim``.
+        per_layer_dim: P, size of what every layer is told of each token beside the residual stream
+            (per-layer embeddings); 0 for nothing.
+        layer_scalars: Whether each layer ends by scaling the residual stream with its own number.
     """
 
     vocab_size: int
@@ -133,6 +159,14 @@ class DecoderConfig:
     sliding_window: int = 0
     local_layers: tuple[bool, ...] = ()
     local_rope_base: float = 0.0
+    value_norm: bool = False
+    global_head_dim: int = 0
+    num_global_kv_heads: int = 0
+    global_keys_as_values: bool = False
+    num_kv_shared_layers: int = 0
+    shared_mlp_dim: int = 0
+    per_layer_dim: int = 0
+    layer_scalars: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -148,18 +182,21 @@ class DecoderConfig:
                 "max_positions",
             ),
         )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads}",
-            "whole groups of query heads",
-            "make num_kv_heads a divisor of num_heads",
-        )
-        require(
-            self.head_dim % 2 == 0,
-            f"head_dim {self.head_dim}",
-            "an even size, since rotary embeddings turn pairs",
-            "choose an even head_dim",
-        )
+        for name in ("num_kv_heads", "num_global_kv_heads"):
+            count = getattr(self, name)
+            require(
+                not count or self.num_heads % count == 0,
+                f"num_heads {self.num_heads} and {name} {count}",
+                "whole groups of query heads",
+                f"make {name} a divisor of num_heads",
+            )
+        for name in ("head_dim", "global_head_dim"):
+            require(
+                getattr(self, name) % 2 == 0,
+                f"{name} {getattr(self, name)}",
+                "an even size, since rotary embeddings turn pairs",
+                f"choose an even {name}",
+            )
         require(
             self.rope_base > 0 and self.norm_epsilon > 0,
             f"rope_base {self.rope_base} and norm_epsilon {self.norm_epsilon}",
@@ -194,4 +231,28 @@ class DecoderConfig:
             f"sliding_window {self.sliding_window}, local_rope_base {self.local_rope_base} and "
             f"{sum(self.local_layers)} local layers",
             "a window of at least 1 where there are local layers, and neither where there are none",
+        )
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        for name in (
+            "global_head_dim",
+            "num_global_kv_heads",
+            "num_kv_shared_layers",
+            "shared_mlp_dim",
+            "per_layer_dim",
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, f"{name} {value!r}", "0 (off) or more")
+        require(
+            not self.global_head_dim or not self.local_layers or self.local_rope_base > 0,
+            f"global_head_dim {self.global_head_dim} without a local_rope_base",
+            "the local layers' own RoPE base, since their heads turn otherwise",
+        )
+        own = self.num_layers - self.num_kv_shared_layers
+        local = self.local_layers or (False,) * self.num_layers
+        require(
+            own > 0 and set(local[own:]) <= set(local[: max(own, 0)]),
+            f"num_kv_shared_layers {self.num_kv_shared_layers} of {self.num_layers} layers",
+            "before the first of them, a layer of each kind (local, global) that is among them",
         )

@@ -1,7 +1,8 @@
-"""One Linen decoder for every model family: a single stack of L layers, scanned.
+"""One Linen decoder for every model family: stacks of equal layers, scanned.
 
-The params tree bears Hugging Face's names, every layer leaf with a leading axis L, kernels as
-(inputs, outputs)::
+The params tree bears Hugging Face's names, every layer leaf with a leading axis, kernels as
+(inputs, outputs). Here a family whose layers all have one shape; ``stacks.py`` draws the others,
+which have ``layers/local/...`` and the like in the place of ``layers/...``::
 
     embed_tokens/embedding                         [V, D]
     layers/input_layernorm/scale                   [L, D]
@@ -10,19 +11,27 @@ The params tree bears Hugging Face's names, every layer leaf with a leading axis
     layers/post_attention_layernorm/scale          [L, D]
     layers/{pre,post}_feedforward_layernorm/scale  [L, D]      (Gemma 2 and 3)
     layers/mlp/{gate,up,down}_proj/kernel          [L, I, O]
+    layers/per_layer_{input_gate,projection}/kernel  [L, I, O]   (Gemma 4 E2B and E4B)
+    layers/post_per_layer_input_norm/scale         [L, D]      (likewise)
+    layers/layer_scalar                            [L, 1]      (Gemma 4)
     norm/scale                                     [D]
     lm_head/kernel                                 [D, V]      (absent when tied)
+    embed_tokens_per_layer/embedding               [V, L*P]    (Gemma 4 E2B and E4B)
+    per_layer_model_projection/kernel              [D, L*P]    (likewise)
+    per_layer_projection_norm/scale                [P]         (likewise)
 
 Hugging Face calls two norms ``post_attention_layernorm``: Llama's and Gemma 1's stands before the
 feed-forward layer, Gemma 2's and 3's on what attention gives; the tree keeps its word.
 
-Compile time does not grow with depth, and what differs from layer to layer is scanned data, never
-another stack. Rematerialisation is a policy chosen by name; none of them keeps an array of a
-weight's size between forward and backward.
+Compile time does not grow with depth, and what differs between layers of one shape is scanned
+data, never another stack. Rematerialisation is a policy chosen by name; none of them keeps an array
+of a weight's size between forward and backward.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,13 +46,15 @@ from smoa_jax.models.attention import (
     AttentionContext,
     Constrain,
     FusedAttention,
+    KeysValues,
     LayerCaches,
+    Locality,
     SelfAttention,
     causal_mask,
     no_constraint,
     segment_mask,
 )
-from smoa_jax.models.cache import KVCache, cache_mask, cache_positions
+from smoa_jax.models.cache import KVCache, cache_mask, cache_positions, stack_caches
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.layers import (
     ACTIVATION_FUNCTIONS,
@@ -55,6 +66,8 @@ from smoa_jax.models.layers import (
 )
 from smoa_jax.models.params import abstract_params, init_params
 from smoa_jax.models.rope import local_rope_tables, rope_tables
+from smoa_jax.models.sections import LayerSections
+from smoa_jax.models.stacks import LayerShape, layer_stacks
 
 __all__ = [
     "REMAT_POLICIES",
@@ -80,11 +93,12 @@ class MLP(nn.Module):
     """The gated feed-forward layer (SwiGLU or GEGLU, arXiv 2002.05202)."""
 
     config: DecoderConfig
+    inner_dim: int
     constrain: Constrain
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        outer, inner = self.config.embed_dim, self.config.mlp_dim
+        outer, inner = self.config.embed_dim, self.inner_dim
         gate = Linear(outer, inner, name="gate_proj")(x)
         up = Linear(outer, inner, name="up_proj")(x)
         product = ACTIVATION_FUNCTIONS[self.config.activation](gate) * up
@@ -93,11 +107,21 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    Args:
+        config: Of the decoder.
+        shape: Of this layer.
+        constrain: As the decoder has it.
+        fused: Likewise.
+        returns_kv: Whether to return the keys and values too, for layers that share them.
+    """
 
     config: DecoderConfig
+    shape: LayerShape
     constrain: Constrain
     fused: FusedAttention | None = None
+    returns_kv: bool = False
 
     @nn.compact
     def __call__(
@@ -105,44 +129,70 @@ class DecoderLayer(nn.Module):
         carry: tuple[Float[Array, "B T D"], LayerCaches | None],
         context: AttentionContext,
         layer: Int[Array, ""],
-        local: Bool[Array, ""] | None,
-    ) -> tuple[tuple[Float[Array, "B T D"], LayerCaches | None], None]:
+        local: Locality,
+        told: Float[Array, "B T P"] | None = None,
+        shared: KeysValues | None = None,
+    ) -> tuple[tuple[Float[Array, "B T D"], LayerCaches | None], KeysValues | None]:
+        """Run the layer.
+
+        Args:
+            carry: The residual stream, and the stack's caches.
+            context: What all layers share.
+            layer: Index in its stack.
+            local: Whether it is a local one.
+            told: What it is told of each token (per-layer embeddings), if anything.
+            shared: Keys and values to attend to, if it has none of its own.
+        """
         x, caches = carry
         config, constrain = self.config, self.constrain
         before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
-        change, caches = SelfAttention(config, constrain, self.fused, name="self_attn")(
-            self._norm(x, "input"), context, layer, local, caches
+        attention = SelfAttention(config, self.shape, constrain, self.fused, name="self_attn")
+        change, caches, kv = attention(
+            self._norm(x, "input_layernorm"), context, layer, local, caches, shared
         )
         if config.post_norms:
-            change = self._norm(change, "post_attention")
+            change = self._norm(change, "post_attention_layernorm")
         x = constrain(x + change, ("batch", "time", "embed"))
-        change = MLP(config, constrain, name="mlp")(self._norm(x, before_mlp))
+        mlp = MLP(config, self.shape.mlp_dim, constrain, name="mlp")
+        change = mlp(self._norm(x, f"{before_mlp}_layernorm"))
         if config.post_norms:
-            change = self._norm(change, "post_feedforward")
-        return (constrain(x + change, ("batch", "time", "embed")), caches), None
+            change = self._norm(change, "post_feedforward_layernorm")
+        x = constrain(x + change, ("batch", "time", "embed"))
+        if told is not None:
+            x = constrain(x + self._heard(x, told), ("batch", "time", "embed"))
+        if config.layer_scalars:
+            scalar = self.param("layer_scalar", nn.initializers.ones, (1,))
+            x = (x.astype(jnp.float32) * scalar.astype(jnp.float32)[0]).astype(x.dtype)
+        return (x, caches), kv if self.returns_kv else None
+
+    def _heard(self, x: jax.Array, told: jax.Array) -> Float[Array, "B T D"]:
+        """What a layer makes of what it is told of each token."""
+        config = self.config
+        gate = Linear(config.embed_dim, config.per_layer_dim, name="per_layer_input_gate")(x)
+        heard = ACTIVATION_FUNCTIONS[config.activation](gate) * told
+        change = Linear(config.per_layer_dim, config.embed_dim, name="per_layer_projection")(heard)
+        return self._norm(change, "post_per_layer_input_norm")
 
     def _norm(self, x: jax.Array, name: str) -> Float[Array, "B T D"]:
         config = self.config
-        norm = RMSNorm(
-            config.embed_dim, config.norm_epsilon, config.norm_offset, name=f"{name}_layernorm"
-        )
-        return norm(x)
+        return RMSNorm(config.embed_dim, config.norm_epsilon, config.norm_offset, name=name)(x)
 
 
 class Embedding(nn.Module):
-    """The token table, also the head's kernel when tied."""
+    """A table of tokens, also the head's kernel when tied; ``scale`` multiplies what is found."""
 
-    config: DecoderConfig
+    vocab_size: int
+    embed_dim: int
+    scale: float
 
     def setup(self) -> None:
-        shape = (self.config.vocab_size, self.config.embed_dim)
+        shape = (self.vocab_size, self.embed_dim)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         found = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
         # The factor is rounded too: Gemma was trained with sqrt(3072) = 55.5 in bf16.
-        scale = self.config.embed_scale
-        return found if scale == 1 else found * jnp.asarray(scale, dtype)
+        return found if self.scale == 1 else found * jnp.asarray(self.scale, dtype)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return wide_matmul(hidden, self.embedding, transposed=True)
@@ -179,10 +229,34 @@ class Decoder(nn.Module):
             f"one of {sorted(REMAT_POLICIES)}",
             "choose one",
         )
+        self.embed_tokens = Embedding(config.vocab_size, config.embed_dim, config.embed_scale)
+        if config.per_layer_dim:
+            size = config.num_layers * config.per_layer_dim
+            scale = config.per_layer_dim**0.5
+            self.embed_tokens_per_layer = Embedding(config.vocab_size, size, scale)
+            self.per_layer_model_projection = Linear(config.embed_dim, size)
+            self.per_layer_projection_norm = RMSNorm(
+                config.per_layer_dim, config.norm_epsilon, config.norm_offset
+            )
+        self.layers = self._make_layers()
+        self.norm = RMSNorm(config.embed_dim, config.norm_epsilon, config.norm_offset)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.embed_dim, config.vocab_size, wide=True)
+
+    def _make_layers(self) -> nn.Module:
+        """All layers as one module: Linen's scan over the only stack, or sections of several."""
+        config, stacks = self.config, layer_stacks(self.config)
+        policy = REMAT_POLICIES[self.remat] if self.remat != "none" else None
+        if len(stacks) > 1:
+            make = functools.partial(
+                DecoderLayer, config, constrain=self.constrain, fused=self.fused, parent=None
+            )
+            return LayerSections(config, make, policy)
+        only = next(iter(stacks))
         layer = DecoderLayer
-        if self.remat != "none":
-            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        in_axes: Any = (nn.broadcast, 0, 0)
+        if policy is not None:
+            layer = nn.remat(layer, policy=policy, prevent_cse=False)
+        in_axes: Any = (nn.broadcast, 0, 0, 0)
         stack = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -190,11 +264,7 @@ class Decoder(nn.Module):
             in_axes=in_axes,
             length=config.num_layers,
         )
-        self.embed_tokens = Embedding(config)
-        self.layers = stack(config, self.constrain, self.fused)
-        self.norm = RMSNorm(config.embed_dim, config.norm_epsilon, config.norm_offset)
-        if not config.tie_embeddings:
-            self.lm_head = Linear(config.embed_dim, config.vocab_size, wide=True)
+        return stack(config, only.shape, self.constrain, self.fused)
 
     def __call__(
         self,
@@ -232,18 +302,55 @@ class Decoder(nn.Module):
         )
         if positions is None:
             positions = _default_positions(tokens, segment_ids, cache)
-        caches = None if cache is None else (cache.keys, cache.values, cache.length)
         x = self.embed_tokens(tokens, self.dtype)
         x = self.constrain(x, ("batch", "time", "embed"))
+        context = self._surroundings(positions, segment_ids, cache)
+        x, filled = self._run_layers(x, cache, context, self._told(tokens, x))
+        x = self.norm(x)
+        if cache is None:
+            return x
+        keys = {name: caches[0] for name, caches in filled.items()}
+        values = {name: caches[1] for name, caches in filled.items()}
+        length = cache.length + tokens.shape[1]
+        return x, dataclasses.replace(cache, keys=keys, values=values, length=length)
+
+    def _run_layers(
+        self,
+        x: jax.Array,
+        cache: KVCache | None,
+        context: AttentionContext,
+        told: Float[Array, "L B T P"] | None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """The residual stream after the last layer, and the filled caches by stack."""
+        caches = {} if cache is None else stack_caches(cache)
+        stacks = layer_stacks(self.config)
+        if len(stacks) > 1:
+            return self.layers(x, caches, context, told)
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         local = jnp.asarray(self.config.local_layers) if self.config.local_layers else None
-        context = self._surroundings(positions, segment_ids, cache)
-        (x, caches), _ = self.layers((x, caches), context, layers, local)
-        x = self.norm(x)
-        if cache is None or caches is None:
-            return x
-        length = cache.length + tokens.shape[1]
-        return x, KVCache(keys=caches[0], values=caches[1], starts=cache.starts, length=length)
+        name = next(iter(stacks)).name
+        (x, filled), _ = self.layers((x, caches.get(name)), context, layers, local, told)
+        return x, {} if filled is None else {name: filled}
+
+    def _told(
+        self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]
+    ) -> Float[Array, "L B T P"] | None:
+        """What each layer is told of each token, from a table and from the embedding.
+
+        ``(RMSNorm(x W / sqrt(D)) + table[token] sqrt(P)) / sqrt(2)``, all layers' side by side in
+        W's outputs and in the table's rows (transformers' Gemma 4).
+        """
+        config = self.config
+        if not config.per_layer_dim:
+            return None
+        shape = (*tokens.shape, config.num_layers, config.per_layer_dim)
+        by_token = self.embed_tokens_per_layer(tokens, x.dtype).reshape(shape)
+        projected = self.per_layer_model_projection(x) * jnp.asarray(
+            config.embed_dim**-0.5, x.dtype
+        )
+        by_embedding = self.per_layer_projection_norm(projected.reshape(shape))
+        told = (by_embedding + by_token) * jnp.asarray(2**-0.5, x.dtype)
+        return jnp.moveaxis(told, 2, 0)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return the logits of hidden states, accumulated and kept in float32."""

@@ -6,9 +6,10 @@ Both kernels here are JAX's own and compute what ``attend`` computes under the s
 is ever NaN: a token at least sees itself, and what fills a row up stands behind it, where causal
 attention does not look.
 
-Which layers are local is scanned data, but a kernel's window is fixed when it is compiled, so a
-layer chooses between two kernels by ``lax.cond``. Kernels are opaque to the partitioner, so on a
-mesh each device runs its own on its own rows and heads (``jax.shard_map``), without communication.
+Where local and global layers share a stack, which are local is scanned data, but a kernel's window
+is fixed when it is compiled, so a layer chooses between two kernels by ``lax.cond``. Kernels are
+opaque to the partitioner, so on a mesh each device runs its own on its own rows and heads
+(``jax.shard_map``), without communication.
 
 ``choose_attention`` says which one a run takes. Neither has run on its hardware yet: their
 docstrings say what is known of each.
@@ -27,10 +28,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from smoa_jax.checks import require
-from smoa_jax.models.attention import FusedAttention, segment_mask
+from smoa_jax.models.attention import FusedAttention, Locality, segment_mask
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.options import AttentionName
 
@@ -95,7 +96,7 @@ class SplashAttention:
         value: Float[Array, "B T K H"],
         *,
         segment_ids: Int[Array, "B T"] | None,
-        local: Bool[Array, ""] | None,
+        local: Locality,
         config: DecoderConfig,
     ) -> Float[Array, "B T N H"]:
         query = (query.astype(jnp.float32) * config.attention_scale).astype(query.dtype)
@@ -109,7 +110,7 @@ class SplashAttention:
         key: jax.Array,
         value: jax.Array,
         segment_ids: jax.Array | None,
-        local: jax.Array | None,
+        local: Locality,
     ) -> jax.Array:
         time, heads = query.shape[1:3]
         # What fills the last block comes after every token, so that none of them sees it, and is
@@ -201,7 +202,7 @@ class CudnnAttention:
         value: Float[Array, "B T K H"],
         *,
         segment_ids: Int[Array, "B T"] | None,
-        local: Bool[Array, ""] | None,
+        local: Locality,
         config: DecoderConfig,
     ) -> Float[Array, "B T N H"]:
         require(
@@ -221,7 +222,7 @@ class CudnnAttention:
         key: jax.Array,
         value: jax.Array,
         segment_ids: jax.Array | None,
-        local: jax.Array | None,
+        local: Locality,
     ) -> jax.Array:
         def run(window: int, *operands: jax.Array, mask: jax.Array | None = None) -> jax.Array:
             return jax.nn.dot_product_attention(
@@ -236,9 +237,10 @@ class CudnnAttention:
         if segment_ids is None:
             return _by_window(run, config, query.shape[1], local, query, key, value)
         mask = segment_mask(segment_ids)
-        if local is not None:
+        if local is not None and local is not False:
             # The mask holds the window too: cuDNN's own is not said to go with a bias.
-            mask &= ~local | segment_mask(segment_ids, config.sliding_window)
+            window = segment_mask(segment_ids, config.sliding_window)
+            mask &= window if local is True else ~local | window
         return run(0, query, key, value, mask=mask)
 
 
@@ -308,8 +310,9 @@ def _cudnn_refusal(
     if config.attention_soft_cap:
         return f"with attention_soft_cap={config.attention_soft_cap}; expected a model without one"
     largest = 256 if float(version) >= 9 else 128
-    if config.head_dim > largest or config.head_dim % 8:
-        return f"with head_dim={config.head_dim}; expected a multiple of 8 up to {largest}"
+    for head_dim in (config.head_dim, config.global_head_dim):
+        if head_dim > largest or head_dim % 8:
+            return f"with head_dim={head_dim}; expected a multiple of 8 up to {largest}"
     if any(length % 2 for length in packed_lengths):
         return f"with packed rows of lengths {packed_lengths}; expected even ones"
     return _dtype_refusal(dtype)
@@ -327,7 +330,7 @@ def _on_each_device(
     key: jax.Array,
     value: jax.Array,
     segment_ids: jax.Array | None,
-    local: jax.Array | None,
+    local: Locality,
 ) -> jax.Array:
     """``attend`` with the rows and heads that each device has."""
     if sharding is None:
@@ -343,25 +346,28 @@ def _on_each_device(
     )
     rows = PartitionSpec(sharding.batch)
     heads = PartitionSpec(sharding.batch, None, sharding.heads)
+    known = isinstance(local, bool)  # then it must stay one, so it is no operand
     return jax.shard_map(
-        attend,
+        lambda q, k, v, segments, scanned: attend(q, k, v, segments, local if known else scanned),
         mesh=sharding.mesh,
         in_specs=(heads, heads, heads, rows, PartitionSpec()),
         out_specs=heads,
         # A kernel says nothing of how its results vary over the mesh.
         check_vma=False,
-    )(query, key, value, segment_ids, local)
+    )(query, key, value, segment_ids, None if known else local)
 
 
 def _by_window(
     run: Callable[..., jax.Array],
     config: DecoderConfig,
     time: int,
-    local: jax.Array | None,
+    local: Locality,
     *operands: Any,
 ) -> jax.Array:
     """``run(window, *operands)``, the window that of the layer's kind: 0 for none."""
     if local is None or config.sliding_window >= time:
         return run(0, *operands)
+    if isinstance(local, bool):
+        return run(config.sliding_window if local else 0, *operands)
     windows = (config.sliding_window, 0)
     return jax.lax.cond(local, *(functools.partial(run, window) for window in windows), *operands)

@@ -89,6 +89,12 @@ class Linear(nn.Module):
         return checkpoint_name(result, PROJECTION)
 
 
+def unit_rms(x: Float[Array, "... D"], epsilon: float) -> Float[Array, "... D"]:
+    """Scale to unit root mean square (arXiv 1910.07467); float32 comes back."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+
+
 class RMSNorm(nn.Module):
     """Scale to unit root mean square (arXiv 1910.07467), in float32; x's dtype comes back.
 
@@ -103,7 +109,5 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         start = nn.initializers.constant(1.0 - self.offset)
         scale = self.offset + self.param("scale", start, (self.dim,)).astype(jnp.float32)
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         scale = scale.reshape((1,) * (x.ndim - 1) + (self.dim,))
-        return (wide * inverse * scale).astype(x.dtype)
+        return (unit_rms(x, self.epsilon) * scale).astype(x.dtype)

@@ -6,64 +6,86 @@ Shardings, loading and tests read their shapes from ``abstract_params``, which c
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from smoa_jax.adapter.targets import replaced
 from smoa_jax.adapter.types import Params
 from smoa_jax.models.config import DecoderConfig
+from smoa_jax.models.stacks import Stack, layer_stacks
 
 
 def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Return the whole params tree as ``jax.ShapeDtypeStruct`` leaves."""
-    layers, embed, mlp = config.num_layers, config.embed_dim, config.mlp_dim
-    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    embed, per_layer = config.embed_dim, config.per_layer_dim * config.num_layers
 
     def leaf(name: str, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))}
 
-    attention = {
-        "q_proj": leaf("kernel", layers, embed, query),
-        "k_proj": leaf("kernel", layers, embed, key_value),
-        "v_proj": leaf("kernel", layers, embed, key_value),
-        "o_proj": leaf("kernel", layers, query, embed),
-    }
-    if config.qk_norm:
-        attention["q_norm"] = leaf("scale", layers, config.head_dim)
-        attention["k_norm"] = leaf("scale", layers, config.head_dim)
-    stack = {
-        "input_layernorm": leaf("scale", layers, embed),
-        "self_attn": attention,
-        "post_attention_layernorm": leaf("scale", layers, embed),
-        "mlp": {
-            "gate_proj": leaf("kernel", layers, embed, mlp),
-            "up_proj": leaf("kernel", layers, embed, mlp),
-            "down_proj": leaf("kernel", layers, mlp, embed),
-        },
-    }
-    if config.post_norms:
-        stack["pre_feedforward_layernorm"] = leaf("scale", layers, embed)
-        stack["post_feedforward_layernorm"] = leaf("scale", layers, embed)
-    tree: dict[str, Any] = {
-        "embed_tokens": leaf("embedding", config.vocab_size, embed),
-        "layers": stack,
-        "norm": leaf("scale", embed),
-    }
+    tree: dict[str, Any] = {"embed_tokens": leaf("embedding", config.vocab_size, embed)}
+    if per_layer:
+        tree["embed_tokens_per_layer"] = leaf("embedding", config.vocab_size, per_layer)
+        tree["per_layer_model_projection"] = leaf("kernel", embed, per_layer)
+        tree["per_layer_projection_norm"] = leaf("scale", config.per_layer_dim)
+    for stack in layer_stacks(config):
+        tree = replaced(tree, stack.path, _abstract_stack(config, stack, leaf))
+    tree["norm"] = leaf("scale", embed)
     if not config.tie_embeddings:
         tree["lm_head"] = leaf("kernel", embed, config.vocab_size)
     return tree
 
 
+def _abstract_stack(
+    config: DecoderConfig, stack: Stack, leaf: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    layers, embed, shape = len(stack.layers), config.embed_dim, stack.shape
+    query, key_value = (n * shape.head_dim for n in (config.num_heads, shape.num_kv_heads))
+    attention = {"q_proj": leaf("kernel", layers, embed, query)}
+    if not shape.shares_kv:
+        attention["k_proj"] = leaf("kernel", layers, embed, key_value)
+        if not shape.keys_as_values:
+            attention["v_proj"] = leaf("kernel", layers, embed, key_value)
+    attention["o_proj"] = leaf("kernel", layers, query, embed)
+    if config.qk_norm:
+        attention["q_norm"] = leaf("scale", layers, shape.head_dim)
+        if not shape.shares_kv:
+            attention["k_norm"] = leaf("scale", layers, shape.head_dim)
+    tree: dict[str, Any] = {
+        "input_layernorm": leaf("scale", layers, embed),
+        "self_attn": attention,
+        "post_attention_layernorm": leaf("scale", layers, embed),
+        "mlp": {
+            "gate_proj": leaf("kernel", layers, embed, shape.mlp_dim),
+            "up_proj": leaf("kernel", layers, embed, shape.mlp_dim),
+            "down_proj": leaf("kernel", layers, shape.mlp_dim, embed),
+        },
+    }
+    if config.post_norms:
+        tree["pre_feedforward_layernorm"] = leaf("scale", layers, embed)
+        tree["post_feedforward_layernorm"] = leaf("scale", layers, embed)
+    if config.per_layer_dim:
+        tree["per_layer_input_gate"] = leaf("kernel", layers, embed, config.per_layer_dim)
+        tree["per_layer_projection"] = leaf("kernel", layers, config.per_layer_dim, embed)
+        tree["post_per_layer_input_norm"] = leaf("scale", layers, embed)
+    if config.layer_scalars:
+        tree |= leaf("layer_scalar", layers, 1)
+    return tree
+
+
 def init_params(config: DecoderConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
-    """Draw random parameters: norms scaling by one, the rest normal with variance 1 / inputs.
+    """Draw random parameters: norms and layers scaling by one, the rest normal with variance 1 / I.
 
     A leaf's draw depends on the key and its own path alone.
     """
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("layer_scalar"):
+            return jnp.ones(leaf.shape, leaf.dtype)
         if name.endswith("scale"):
             return jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype)
         inputs = leaf.shape[-1] if name.endswith("embedding") else leaf.shape[-2]

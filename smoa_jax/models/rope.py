@@ -33,12 +33,17 @@ def rope_frequencies(head_dim: int, base: float, scaling: RopeScaling) -> Float[
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         unscaled = np.clip((turns - low) / (high - low), 0.0, 1.0)
         frequencies = frequencies * (unscaled + (1 - unscaled) / scaling.factor)
+    elif scaling.kind == "proportional":
+        turning = np.arange(len(frequencies)) < int(scaling.rotated_share * head_dim // 2)
+        frequencies = np.where(turning, frequencies / scaling.factor, 0.0)
     return frequencies.astype(np.float32)
 
 
 def rope_tables(config: DecoderConfig, positions: Int[Array, "B T"]) -> RopeTables:
-    """Return the cosines and sines of every position, ready to broadcast over heads."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+    """Return the cosines and sines of every position in all layers but the local ones, if these
+    turn otherwise; ready to broadcast over heads."""
+    head_dim = config.global_head_dim or config.head_dim
+    frequencies = rope_frequencies(head_dim, config.rope_base, config.rope_scaling)
     return _tables(frequencies, positions)
 
 

@@ -28,10 +28,15 @@ Rules: TypeAlias = Mapping[str, str]
 #: Rules for the decoder's own tree.
 DECODER_RULES: Rules = {
     r"embed_tokens/embedding": "tensor, fsdp",
-    r"layers/self_attn/[qkv]_proj/kernel": "-, fsdp, tensor",
-    r"layers/mlp/(gate|up)_proj/kernel": "-, fsdp, tensor",
-    r"layers/self_attn/o_proj/kernel": "-, tensor, fsdp",
-    r"layers/mlp/down_proj/kernel": "-, tensor, fsdp",
+    r"layers/(\w+/)?self_attn/[qkv]_proj/kernel": "-, fsdp, tensor",
+    r"layers/(\w+/)?mlp/(gate|up)_proj/kernel": "-, fsdp, tensor",
+    r"layers/(\w+/)?self_attn/o_proj/kernel": "-, tensor, fsdp",
+    r"layers/(\w+/)?mlp/down_proj/kernel": "-, tensor, fsdp",
+    r"layers/(\w+/)?per_layer_input_gate/kernel": "-, fsdp, tensor",
+    r"layers/(\w+/)?per_layer_projection/kernel": "-, tensor, fsdp",
+    r"layers/(\w+/)?layer_scalar": "replicate",
+    r"embed_tokens_per_layer/embedding": "tensor, fsdp",
+    r"per_layer_model_projection/kernel": "fsdp, tensor",
     r"(.*/)?(norm|\w+norm)/scale": "replicate",
     r"lm_head/kernel": "fsdp, tensor",
 }

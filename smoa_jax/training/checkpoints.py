@@ -60,7 +60,7 @@ class Identity:
     """Which adapter on which base a checkpoint belongs to.
 
     Args:
-        adapter_config: The fields of the ``SmoaConfig``, as ``dataclasses.asdict`` gives them.
+        adapter_config: The fields of the ``SmoaConfig``, as its ``to_fields`` gives them.
         base_fingerprint: Of the base model.
     """
 

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.planning.cache import default_cache_dir
 from smoa_jax.adapter.targets import find_targets
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import AbstractBase, BaseModel, abstract_base, load_base
+from smoa_jax.checkpoint.names import layer_numbers
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.fused_attention import AttentionSharding, choose_attention
+from smoa_jax.models.stacks import layer_stacks
 from smoa_jax.sharding.mesh import BATCH_AXES, MeshConfig, check_batch, make_mesh
 from smoa_jax.sharding.rules import (
     Rules,
@@ -28,11 +31,24 @@ from smoa_jax.training.config import RunConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A base on its mesh, and the decoder that runs it."""
+    """A base on its mesh, and the decoder that runs it.
+
+    Attributes:
+        base: With its weights.
+        model: The decoder.
+        mesh: Where they lie.
+        adapter: What to adapt of this base, for a run.
+    """
 
     base: BaseModel
     model: Decoder
     mesh: Mesh
+    adapter: SmoaConfig = dataclasses.field(default_factory=SmoaConfig)
+
+
+def adapter_config(config: SmoaConfig, base: AbstractBase) -> SmoaConfig:
+    """A configuration that knows which of the base's layers lie in which stack."""
+    return dataclasses.replace(config, layer_numbers=layer_numbers(base.config))
 
 
 def resolve_dtype(name: str) -> Any:
@@ -63,9 +79,10 @@ def load_model(config: RunConfig) -> LoadedModel:
     abstract = abstract_base(config.model.path, dtype)
     shardings = _base_shardings(abstract, mesh, config.model.sharding_rules)
     model = make_decoder(config, abstract, mesh)
-    find_targets(abstract.params, config.adapter)  # refused before minutes of reading weights
+    adapter = adapter_config(config.adapter, abstract)
+    find_targets(abstract.params, adapter)  # refused before minutes of reading weights
     base = load_base(config.model.path, dtype, shardings)
-    return LoadedModel(base=base, model=model, mesh=mesh)
+    return LoadedModel(base=base, model=model, mesh=mesh, adapter=adapter)
 
 
 def load_generator(path: str, dtype: Any, mesh_config: MeshConfig, rules: Rules) -> LoadedModel:
@@ -82,7 +99,8 @@ def load_generator(path: str, dtype: Any, mesh_config: MeshConfig, rules: Rules)
 
 
 def _base_shardings(base: AbstractBase, mesh: Mesh, rules: Rules) -> Params:
-    check_heads(base.config.num_heads, base.config.num_kv_heads, mesh)
+    for stack in layer_stacks(base.config):
+        check_heads(base.config.num_heads, stack.shape.num_kv_heads, mesh)
     return param_shardings(base.params, mesh, rules)
 
 

@@ -181,6 +181,7 @@ def prepare(
             if advice:
                 report.say(advice)
         loaded = load_model(config)
+        config = dataclasses.replace(config, adapter=loaded.adapter)
         report.say(describe_environment(loaded))
         check_data(config, loaded, data)
         warmup = warmup_steps(config, steps)
@@ -242,7 +243,7 @@ def _open_checkpoints(prepared: Prepared) -> TrainingCheckpoints:
         keep_last=config.train.keep_last,
         keep_best=config.train.keep_best,
         identity=Identity(
-            adapter_config=dataclasses.asdict(config.adapter),
+            adapter_config=config.adapter.to_fields(),
             base_fingerprint=prepared.loaded.base.fingerprint,
         ),
     )

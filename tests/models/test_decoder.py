@@ -18,6 +18,7 @@ from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.decoder import Decoder, DecoderLayer, abstract_params, init_params
 from smoa_jax.models.layers import RMSNorm
 from smoa_jax.models.rope import rope_tables
+from smoa_jax.models.stacks import layer_stacks
 from tests.models import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -85,7 +86,7 @@ def test_a_token_sees_nothing_after_itself():
     assert np.abs(np.asarray(before - after))[5:].max(axis=-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gemma4_31b", "gemma4_e2b"])
 def test_packed_segments_equal_separate_rows(family):
     model = Decoder(tiny.FAMILIES[family], dtype=jnp.float32)
     params = tiny.params_of(model.config)
@@ -131,7 +132,7 @@ def test_scanned_equals_unrolled_layers(family):
     scanned = tiny.apply(model, params, tokens, method="hidden")
     x = params["embed_tokens"]["embedding"][tokens] * config.embed_scale
     positions = jnp.broadcast_to(jnp.arange(7)[None], (2, 7))
-    layer = DecoderLayer(config, no_constraint)
+    layer = DecoderLayer(config, layer_stacks(config)[0].shape, no_constraint)
     for index in range(config.num_layers):
         is_local = bool(config.local_layers) and config.local_layers[index]
         base = config.local_rope_base if is_local else 0.0

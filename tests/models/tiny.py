@@ -43,6 +43,23 @@ _GEMMA2 = {
     "sliding_window": 4,
     "local_layers": (True, False, True),
 }
+
+
+def _pattern(kinds: str) -> dict[str, Any]:
+    return {"num_layers": len(kinds), "local_layers": tuple(kind == "L" for kind in kinds)}
+
+
+_GEMMA4 = {
+    **_GEMMA2,
+    "norm_offset": 0.0,
+    "qk_norm": True,
+    "value_norm": True,
+    "query_scale": 1.0,
+    "global_head_dim": 12,
+    "local_rope_base": 100.0,
+    "rope_scaling": RopeScaling(kind="proportional", rotated_share=0.34),
+    "layer_scalars": True,
+}
 #: One config per family, each with all that the family does otherwise.
 FAMILIES = {
     "llama": CONFIG,
@@ -55,6 +72,19 @@ FAMILIES = {
         qk_norm=True,
         local_rope_base=100.0,
         rope_scaling=RopeScaling(kind="linear", factor=8.0),
+    ),
+    "gemma4_31b": dataclasses.replace(
+        CONFIG,
+        **{**_GEMMA4, **_pattern("LLG" * 2)},
+        num_global_kv_heads=1,
+        global_keys_as_values=True,
+    ),
+    "gemma4_e2b": dataclasses.replace(
+        CONFIG,
+        **{**_GEMMA4, **_pattern("LLG" * 2 + "LG" * 3)},
+        num_kv_shared_layers=6,
+        shared_mlp_dim=36,
+        per_layer_dim=10,
     ),
 }
 
@@ -77,6 +107,8 @@ def params_of(decoder: DecoderConfig, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if "scalar" in str(path[-1]):
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
         if "scale" in str(path[-1]):
             offset = decoder.norm_offset
             return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) - offset, jnp.float32)
@@ -125,12 +157,13 @@ def adapt(base: dict[str, Any], seed: int, *, b_std: float, dropout: float = 0.0
             **common,
         )
 
-    layers = dict(base["layers"])
-    for part in ("self_attn", "mlp"):
-        layers[part] = {
-            name: {**module, "smoa": node(module["kernel"], name != "q_proj")}
-            if "kernel" in module
-            else module
-            for name, module in layers[part].items()
+    def visit(tree: dict[str, Any], name: str) -> dict[str, Any]:
+        tree = {
+            key: visit(value, key) if isinstance(value, dict) else value
+            for key, value in tree.items()
         }
-    return {**base, "layers": layers}
+        return (
+            {**tree, "smoa": node(tree["kernel"], name != "q_proj")} if "kernel" in tree else tree
+        )
+
+    return {**base, "layers": visit(base["layers"], "layers")}

@@ -15,17 +15,30 @@ from smoa_jax import SmoaConfig, apply_smoa, combine, partition
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.models.decoder import Decoder
 from tests.parity import test_checkpoint_gemma as gemma
+from tests.parity import test_checkpoint_gemma4 as gemma4
 from tests.parity import test_checkpoint_llama as llama
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
 
-CONFIG = SmoaConfig(rank=4, num_subspaces=2, target_modules="all-linear", alpha=3.0)
+# All linear layers in the model's layers, and none beside them.
+CONFIG = SmoaConfig(rank=4, num_subspaces=2, target_modules=r"layers\..*", alpha=3.0)
 TOKENS = gemma.TOKENS
 
 
 def made(family: str):
+    if family.startswith("gemma4"):
+        return gemma4.torch_model(family.removeprefix("gemma4-"))
     return llama.torch_model() if family == "llama" else gemma.torch_model(family)
+
+
+def adapted_modules(stack, path=()):
+    """The paths of the adapted modules of a stack, and their modulations."""
+    for key, value in stack.items():
+        if isinstance(value, dict) and "smoa" in value:
+            yield (*path, key), value["smoa"]
+        elif isinstance(value, dict):
+            yield from adapted_modules(value, (*path, key))
 
 
 def with_random_b(params):
@@ -54,7 +67,9 @@ class Adapted(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight * (1 + change))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma", "gemma2", "gemma3", "gemma4-e2b", "gemma4-31b"]
+)
 def test_gradients_of_a_and_b_agree_with_torch(tmp_path, family):
     model = made(family)
     model.save_pretrained(tmp_path)
@@ -72,14 +87,12 @@ def test_gradients_of_a_and_b_agree_with_torch(tmp_path, family):
 
     model.requires_grad_(False)
     adapted = {}
-    for layer, block in enumerate(model.model.layers):
-        for part in ("self_attn", "mlp"):
-            for name, module in params["layers"][part].items():
-                if "smoa" in module:
-                    owner = getattr(block, part)
-                    new = Adapted(getattr(owner, name), module["smoa"], layer)
-                    setattr(owner, name, new)
-                    adapted[part, name, layer] = new
+    for layer, (stack, index) in enumerate(gemma4.places(params, base.config)):
+        for path, node in adapted_modules(stack):
+            owner = model.model.layers[layer].get_submodule(".".join(path[:-1]))
+            new = Adapted(getattr(owner, path[-1]), node, index)
+            setattr(owner, path[-1], new)
+            adapted[path, layer] = new
     logits = model(torch.tensor(TOKENS[:, :-1])).logits
     theirs = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), torch.tensor(TOKENS[:, 1:]).reshape(-1)
@@ -87,11 +100,14 @@ def test_gradients_of_a_and_b_agree_with_torch(tmp_path, family):
     theirs.backward()
 
     assert float(value) == pytest.approx(float(theirs.detach()), abs=1e-4)
-    assert len(adapted) == 7 * base.config.num_layers
-    for (part, name, layer), module in adapted.items():
-        node = gradient["layers"][part][name]["smoa"]
+    linear = sum(isinstance(module, torch.nn.Linear) for module in made(family).model.modules())
+    assert len(adapted) == linear - hasattr(model.model, "per_layer_model_projection")
+    gradients = gemma4.places(gradient, base.config)
+    for (path, layer), module in adapted.items():
+        stack, index = gradients[layer]
+        node = dict(adapted_modules(stack))[path]
         for ours, parameter in ((node.a, module.a), (node.b, module.b)):
             wanted = parameter.grad.numpy()
             largest = np.abs(wanted).max()
             assert largest > 1e-5
-            np.testing.assert_allclose(ours[layer], wanted, atol=2e-4 * largest)
+            np.testing.assert_allclose(ours[index], wanted, atol=2e-4 * largest)

@@ -35,7 +35,9 @@ def test_every_tensor_has_the_name_and_the_shape_of_transformers_own(name):
     theirs = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if config.tie_embeddings:
         assert theirs.pop("lm_head.weight") == (config.vocab_size, config.embed_dim)
-    ours = {slot.name: slot.shape for slot in tensor_slots(abstract_params(config)).values()}
+    ours = {
+        slot.name: slot.shape for slot in tensor_slots(abstract_params(config), config).values()
+    }
     assert ours == theirs
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from smoa_jax.checkpoint.huggingface.safetensors_files import (
     SINGLE_FILE,
     open_directory,
 )
-from smoa_jax.checkpoint.names import TensorSlot
+from smoa_jax.checkpoint.names import TensorSlot, is_unused
 from smoa_jax.checks import require
 from smoa_jax.models.config import DecoderConfig
 
@@ -105,6 +106,9 @@ def export_stored(
 ) -> Path:
     """``export_huggingface`` of a checkpoint on disk, of which no more is read than is written.
 
+    What the checkpoint holds beside ``slots`` and the decoder has no use for (the keys and values
+    of a Gemma 4's sharing layers) is copied as it is.
+
     >>> export_stored(MergedReader(base, params, adapter_config), base.slots, base.config, "merged",
     ...               dtype=jnp.float32, hf_config=base.hf_config, tokenizer=tokenizer)
 
@@ -121,7 +125,23 @@ def export_stored(
     def read(slot: TensorSlot) -> np.ndarray:
         return reader.read(slot.name, tuple(slice(0, size) for size in slot.shape))
 
-    return _export(read, slots, config, directory, **settings)
+    unused = [name for name in reader.tensors if name not in slots and is_unused(name, config)]
+    copies = [_copy_of(reader, name) for name in unused]
+    return _export(read, slots, config, directory, copies=copies, **settings)
+
+
+def _copy_of(reader: TensorReader, name: str) -> _Piece:
+    shape = reader.tensors[name].shape
+    one = reader.read(name, (slice(0, 1),) * len(shape))
+    count = math.prod(shape)
+    return _Piece(
+        name=name,
+        num_values=count,
+        num_bytes=count * one.dtype.itemsize,
+        make=lambda: np.ascontiguousarray(
+            reader.read(name, tuple(slice(0, size) for size in shape))
+        ),
+    )
 
 
 def _export(
@@ -138,6 +158,7 @@ def _export(
     multimodal_source: str | Path | None = None,
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
+    copies: Sequence[_Piece] = (),
 ) -> Path:
     target = Path(directory).expanduser()
     require(max_shard_bytes >= 1, f"max_shard_bytes {max_shard_bytes}", "at least 1")
@@ -153,7 +174,8 @@ def _export(
         tokenizer_files=tokenizer_files,
         reserved=(INDEX_FILE, SINGLE_FILE),
     )
-    pieces = _pieces(read, slots, np.dtype(jnp.dtype(dtype)), whole)
+    pieces = _pieces(read, slots, config, np.dtype(jnp.dtype(dtype)), whole)
+    pieces += copies if whole is None else []
     with replaced_directory(
         target, marker=CONFIG_FILE, what="an exported model", overwrite=overwrite
     ) as draft:
@@ -186,6 +208,7 @@ def _open_whole(hf_config: Mapping[str, Any] | None, source: str | Path | None) 
 def _pieces(
     read: Callable[[TensorSlot], np.ndarray],
     slots: Mapping[str, TensorSlot],
+    config: DecoderConfig,
     dtype: np.dtype,
     whole: TextPart | None,
 ) -> list[_Piece]:
@@ -210,6 +233,7 @@ def _pieces(
         )
     if whole is None:
         return pieces
+    unused = [stored for name, stored in whole.stored_names.items() if is_unused(name, config)]
     copied = [
         _Piece(
             name=name,
@@ -217,7 +241,7 @@ def _pieces(
             num_bytes=whole.other_bytes(name),
             make=functools.partial(whole.read_other, name),
         )
-        for name in whole.others
+        for name in (*unused, *whole.others)
     ]
     return pieces + copied
 

@@ -32,7 +32,7 @@ class AdaptedLayer:
 
     Attributes:
         name: Dotted path of the module.
-        layer: Index in its stack; 0 for a kernel without one.
+        layer: Index among the model's layers; 0 for a kernel without one.
         weight: ``(I, O)``, float32.
         modulation: Its own, without a layer axis, with its bands if it has any.
     """
@@ -85,8 +85,8 @@ class MergedReader:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor as laid out on disk; of an adapted kernel, merged in float32."""
-        slot = self._base.slots[name]
-        if slot.path not in self._modulations:
+        slot = self._base.slots.get(name)
+        if slot is None or slot.path not in self._modulations:
             return self._base.reader.read(name, index)
         merged, sums = self._merge(self._layer(slot))
         found = self._modulations[slot.path][0]
@@ -110,7 +110,7 @@ class MergedReader:
         for path in sorted(self._modulations, key=lambda path: self._modulations[path][0]):
             name = self._modulations[path][0]
             for slot in slots[path]:
-                if wanted is None or (slot.layer or 0) in wanted.get(name, ()):
+                if wanted is None or (slot.number or 0) in wanted.get(name, ()):
                     yield self._layer(slot)
 
     def report(self) -> dict[str, MergeLoss]:
@@ -125,8 +125,8 @@ class MergedReader:
         if slot.layer is not None:
             node = jax.tree.map(lambda leaf: leaf[slot.layer], node)
         if isinstance(node, Bands):
-            node = self._with_bands(weight, node, name, slot.layer)
-        return AdaptedLayer(name=name, layer=slot.layer or 0, weight=weight, modulation=node)
+            node = self._with_bands(weight, node, name, slot.number)
+        return AdaptedLayer(name=name, layer=slot.number or 0, weight=weight, modulation=node)
 
     def _with_bands(
         self, weight: np.ndarray, node: Bands, name: str, layer: int | None

@@ -119,8 +119,8 @@ def check_params(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, 
     Raises:
         ValueError: if the tree isn't that of ``config``, or not all on this process's devices.
     """
-    slots = tensor_slots(params)
-    expected = tensor_slots(abstract_params(config, jnp.float32))
+    slots = tensor_slots(params, config)
+    expected = tensor_slots(abstract_params(config, jnp.float32), config)
     different = [name for name in expected if slots.get(name) != expected[name]]
     different += [name for name in slots if name not in expected]
     if different:

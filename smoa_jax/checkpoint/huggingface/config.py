@@ -139,8 +139,13 @@ def config_to_hf(
         "options that a model type of transformers stands for",
         "give the source's hf_config",
     )
+    spelling = FAMILIES[text_fields(fields)["model_type"]].spelling
     if is_multimodal(fields):
-        fields[_TEXT_CONFIG] = _with_dtype(fields[_TEXT_CONFIG], dtype, always=False)
+        inner = fields[_TEXT_CONFIG]
+        inner = spelling(inner, "hf_config") if spelling else inner
+        fields[_TEXT_CONFIG] = _with_dtype(inner, dtype, always=False)
+    elif spelling:
+        fields = spelling(fields, "hf_config")
     return _with_dtype(fields, dtype, always=True)
 
 

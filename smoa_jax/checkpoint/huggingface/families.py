@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from smoa_jax.checkpoint.errors import require
+from smoa_jax.checkpoint.huggingface import gemma4
 from smoa_jax.checkpoint.huggingface.fields import (
+    LAYER_KINDS,
     optional_positive,
     positive,
     read_rope,
@@ -23,7 +25,7 @@ from smoa_jax.checkpoint.huggingface.fields import (
 )
 from smoa_jax.models.config import DecoderConfig, RopeScaling
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LOCAL, GLOBAL = LAYER_KINDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Family:
         options: From the fields (defaults included) and the file's name to the arguments of
             ``DecoderConfig`` that families don't share.
         fields: The inverse.
+        spelling: From a text model's fields and the file's name to the fields as an export says
+            them, where there are several ways.
     """
 
     architecture: str
@@ -46,10 +50,13 @@ class Family:
     options: Callable[[Mapping[str, Any], str], dict[str, Any]]
     fields: Callable[[DecoderConfig], dict[str, Any]]
     nullable: tuple[str, ...] = ()
+    spelling: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
 
 
 def family_of(config: DecoderConfig) -> str:
     """The model type whose defaults come closest to a decoder's options."""
+    if config.layer_scalars:
+        return "gemma4_text"
     if not config.norm_offset:
         return "llama"
     if not config.post_norms:
@@ -257,6 +264,23 @@ _LATER_SIZES = {
     "num_key_value_heads": 4,
 }
 
+
+def _gemma4(architecture: str, defaults: Mapping[str, Any]) -> Family:
+    return Family(
+        architecture=architecture,
+        defaults=defaults,
+        must_be_off={
+            **_SHARED_OFF,
+            # Tokens of an image see each other, if that is all; here are none.
+            "use_bidirectional_attention": (False, None, "vision"),
+        },
+        options=gemma4.gemma4_options,
+        fields=gemma4.gemma4_fields,
+        nullable=("hidden_size_per_layer_input",),
+        spelling=gemma4.in_googles_spelling,
+    )
+
+
 #: By ``model_type``, as transformers 5 defines them.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -305,6 +329,12 @@ FAMILIES: dict[str, Family] = {
         fields=_gemma3_fields,
         nullable=("sliding_window",),
     ),
+    "gemma4_text": _gemma4("Gemma4ForCausalLM", gemma4.DEFAULTS),
+    "gemma4_unified_text": _gemma4("Gemma4UnifiedForCausalLM", gemma4.UNIFIED_DEFAULTS),
 }
 #: Multimodal model types whose text part is one of the families.
-MULTIMODAL = {"gemma3": "gemma3_text"}
+MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
+}

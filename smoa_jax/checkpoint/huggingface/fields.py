@@ -9,6 +9,8 @@ from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 from smoa_jax.models.config import RopeScaling
 
 _ROPE_TYPES = ("default", "linear", "llama3")
+#: What ``layer_types`` calls local and global layers.
+LAYER_KINDS = ("sliding_attention", "full_attention")
 _ORIGINAL = "original_max_position_embeddings"
 
 

@@ -113,7 +113,7 @@ def save_adapter(
     content = save({name: _to_file(name, leaf) for name, leaf in leaves.items()})
     description = {
         "format_version": FORMAT_VERSION,
-        "config": dataclasses.asdict(config),
+        "config": config.to_fields(),
         "base_fingerprint": base_fingerprint,
         "base_name": base_name,
         "template": template,

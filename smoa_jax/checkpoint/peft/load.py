@@ -32,7 +32,7 @@ import numpy as np
 
 from smoa_jax import checks
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.targets import KERNEL_KEY, find_targets, lookup, walk
+from smoa_jax.adapter.targets import KERNEL_KEY, find_targets, lookup, stacked_layers, walk
 from smoa_jax.adapter.types import Params, is_modulation
 from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 from smoa_jax.checkpoint.huggingface.directory import download, is_hub_name
@@ -85,6 +85,7 @@ def import_peft(
     base_params: Params,
     *,
     hf_module_name: ModuleName = decoder_module_name,
+    layer_numbers: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Params, SmoaConfig]:
     """Put an adapter that PEFT wrote onto its base.
 
@@ -101,6 +102,7 @@ def import_peft(
         base_params: The base model's tree. The adapter's tensors lie on JAX's default device.
         hf_module_name: Names of the modules, as ``export_peft`` takes it. The names of the text
             part of a multimodal model are understood too.
+        layer_numbers: As ``SmoaConfig`` has it, for a base of several stacks.
 
     Returns:
         The adapted tree, and a config that describes it: one that ``apply_smoa`` would make the
@@ -117,7 +119,7 @@ def import_peft(
     tensors = _open_tensors(source)
     places = _places(base_params, hf_module_name)
     modules = _read_modules(tensors, settings, places)
-    config = _describe(modules, settings, base_params)
+    config = _describe(modules, settings, base_params, layer_numbers or {})
     try:
         leaves = _leaves(modules, config, base_params)
         return restore_adapter(base_params, config, leaves), config
@@ -252,20 +254,31 @@ def _is_base_weight(tensors: SafetensorsFiles, name: str, places: Mapping[str, _
 # ------------------------------------------------------------------------------------ the config
 
 
-def _describe(modules: _Modules, settings: PeftSettings, base_params: Params) -> SmoaConfig:
+def _describe(
+    modules: _Modules,
+    settings: PeftSettings,
+    base_params: Params,
+    layer_numbers: Mapping[str, tuple[int, ...]],
+) -> SmoaConfig:
     """The config of the smallest adapter of ours that holds all of ``modules``."""
     ranks = {
         ".".join(path): max(module.a.shape[1] for module in layers.values())
         for path, layers in modules.items()
     }
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
-    shapes = [lookup(base_params, path)[KERNEL_KEY].shape for path in modules]
-    depth = max((shape[0] for shape in shapes if len(shape) == 3), default=0)
-    stacked = {layer for layers in modules.values() for layer in layers if layer is not None}
+    known: set[int] = set()
+    stacked: set[int] = set()
+    for path, layers in modules.items():
+        shape = lookup(base_params, path)[KERNEL_KEY].shape
+        if len(shape) == 3:
+            numbers = stacked_layers(layer_numbers, ".".join(path), shape[0])
+            known.update(numbers)
+            stacked.update(numbers[layer] for layer in layers if layer is not None)
     fields: dict[str, Any] = {
         "target_modules": _targets(modules, base_params),
         "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
-        "layers": tuple(sorted(stacked)) if len(stacked) < depth else (),
+        "layers": tuple(sorted(stacked)) if stacked < known else (),
+        "layer_numbers": layer_numbers,
         "dropout": settings.dropout,
     }
     if settings.kind == "hira":

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from smoa_jax.checkpoint.huggingface.config import is_multimodal
+from smoa_jax.checkpoint.huggingface.config import config_from_hf, is_multimodal
 from smoa_jax.checkpoint.huggingface.multimodal import text_name
-from smoa_jax.checkpoint.names import NAME_RULES, TreePath
+from smoa_jax.checkpoint.names import NAME_RULES, TreePath, unstacked_path
+from smoa_jax.models.stacks import Stack, layer_stacks
 
 TENSORS_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -56,19 +57,29 @@ def parse_factor(name: str) -> FactorName | None:
     return FactorName(match["module"], kind, match[kind], match[f"{kind}_adapter"] or "")
 
 
-def decoder_module_name(path: TreePath, layer: int | None, *, text_model: str = "model") -> str:
+def decoder_module_name(
+    path: TreePath,
+    layer: int | None,
+    *,
+    text_model: str = "model",
+    stacks: Sequence[Stack] = (),
+) -> str:
     """The name of a module of our own decoder: ``model.layers.3.self_attn.q_proj``.
 
     Args:
         path: Of the module in our tree.
         layer: Index into its stack; None for what isn't stacked.
         text_model: Where the decoder without its head lies in the Hugging Face model.
+        stacks: Of the decoder's layers, if it has several.
 
     Raises:
         ValueError: for a path that is none of its modules.
     """
+    plain, stack = unstacked_path(tuple(path), stacks)
+    if stack is not None and layer is not None:
+        layer = stack.layers[layer]
     for rule in NAME_RULES:
-        if rule.path[:-1] == tuple(path):
+        if rule.path[:-1] == plain:
             name = rule.name.format(layer=layer).removesuffix(".weight")
             return re.sub(r"^model(?=\.)", lambda _: text_model, name)
     raise ValueError(
@@ -82,9 +93,12 @@ def module_naming(hf_config: Mapping[str, Any]) -> ModuleName:
 
     >>> export_peft(..., hf_module_name=module_naming(base.hf_config))
     """
-    if not is_multimodal(hf_config):
-        return decoder_module_name
-    return functools.partial(decoder_module_name, text_model=MULTIMODAL_TEXT_MODEL)
+    settings: dict[str, Any] = {}
+    if is_multimodal(hf_config):
+        settings["text_model"] = MULTIMODAL_TEXT_MODEL
+    if len(stacks := layer_stacks(config_from_hf(hf_config))) > 1:
+        settings["stacks"] = stacks
+    return functools.partial(decoder_module_name, **settings)
 
 
 def plain_module_name(name: str) -> str:
