@@ -23,7 +23,7 @@ from smoa_jax.checkpoint.export.merged import MergedReader
 from smoa_jax.checkpoint.export.orbax import export_orbax
 from smoa_jax.checkpoint.huggingface import directory as huggingface
 from smoa_jax.checkpoint.huggingface.config import is_multimodal
-from smoa_jax.checkpoint.native.directory import open_adapter
+from smoa_jax.checkpoint.native.directory import open_adapter, read_adapter
 from smoa_jax.checkpoint.peft import export as peft_files
 from smoa_jax.checkpoint.peft.export import export_peft
 from smoa_jax.checkpoint.peft.names import module_naming
@@ -78,6 +78,7 @@ def export(
     base = open_base(model)
     with adapter_directory(adapter, checkpoint, model) as directory:
         params, config = open_adapter(directory, base.params, base_fingerprint=base.fingerprint)
+        facts = read_adapter(directory).said
     if format == "peft":
         export_peft(
             params,
@@ -85,6 +86,7 @@ def export(
             output,
             base_model_name=base_name or str(Path(model)),
             hf_module_name=module_naming(base.hf_config),
+            facts=facts,
             overwrite=overwrite,
         )
         console.print(f"PEFT adapter: {output}", soft_wrap=True, markup=False)
@@ -102,7 +104,7 @@ def export(
     write = _write_huggingface if format == "huggingface" else _write_orbax
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder) / CARD_FILE
-        text = model_card(format, config, base_name=base_name or str(Path(model)))
+        text = model_card(format, config, base_name=base_name or str(Path(model)), facts=facts)
         card.write_text(text, encoding="utf-8")
         beside = _beside_weights(base) | {"tokenizer_files": [card]}
         write(reader, base, output, jnp.dtype(chosen), max_shard_bytes, overwrite, beside)

@@ -384,6 +384,24 @@ def test_a_merged_model_is_in_the_bases_own_dtype_unless_that_loses_the_update(
     }
 
 
+def test_every_export_says_of_the_training_what_the_adapter_says(trained, capsys, tmp_path):
+    def table(directory):
+        lines = (directory / "README.md").read_text().splitlines()
+        return [line for line in lines if line.startswith("| ")]
+
+    said = table(trained.adapter)
+    for name in ("data", "rows of a step", "learning rate", "seed", "steps", "held-out loss"):
+        assert any(line.startswith(f"| {name} | ") for line in said), name
+    for kind in ("huggingface", "orbax", "peft"):
+        shown(capsys, export(trained, tmp_path / kind, "--format", kind))
+        assert table(tmp_path / kind) == said
+    # Of another checkpoint, its own: it has as many steps, and nothing was measured after them.
+    shown(capsys, export(trained, tmp_path / "half", "--format", "peft", "--checkpoint", 60))
+    whole = [line for line in said if "held-out loss" not in line]
+    half = ["| steps | 60 |" if line == "| steps | 120 |" else line for line in whole]
+    assert table(tmp_path / "half") == half != whole
+
+
 def test_an_adapter_that_goes_to_peft_and_back_answers_the_same(trained, capsys, tmp_path):
     shown(capsys, export(trained, tmp_path / "peft", "--format", "peft"))
     words = ["--peft", tmp_path / "peft", "--output", tmp_path / "back"]
