@@ -231,7 +231,8 @@ def test_a_conversation_goes_on_from_what_was_said(trained, capsys, tmp_path, mo
         ["red", "sky 1", "blue", "leaf 2", ""],
     ]
     assert {top_k for _, top_k in asked} == {3}
-    assert out.count("blue") == 2
+    # Nobody typed the questions on the screen, so they are shown before their answers.
+    assert out.splitlines() == ["> sky 1", "blue", "> leaf 2", "blue"]
     plain = ["generate", "--model", trained.base, "--prompt", "sky 1", "--system", "red"]
     assert "--system with the template plain" in refusal(capsys, plain)
     both = ["generate", "--model", model, "--prompt", "sky 1", "--chat"]
