@@ -121,6 +121,18 @@ def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
     assert "warning: the adapter was trained with the template alpaca, and data.template is" in text
 
 
+def test_evaluate_says_how_far_it_is_beside_what_it_prints(trained, capsys, one_device):
+    words = ["evaluate", "--adapter", trained.run, "--evaluation.batch_size", 4, "--json"]
+    said = shown(capsys, [*words, "--train.eval_batch_size", 4])
+    assert set(json.loads(said.out)) >= {"loss_adapted", "accuracy_adapted"}
+    lines = [line.split("  ")[0] for line in said.err.splitlines()]
+    both = ("base", "adapted")
+    assert lines[-4:] == [
+        *(f"held-out loss, {which} 2/2" for which in both),
+        *(f"answers, {which} 8/8" for which in both),
+    ]
+
+
 def test_evaluate_needs_no_more_than_an_adapter_and_data(trained, capsys, tmp_path, one_device):
     summary = json.loads((trained.run / "summary.json").read_text())
     # A run brings its data; its directory and its adapter's say the same.
