@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoa_jax.checks import require
+from smoa_jax.checks import how_to_install, require
 from smoa_jax.commands.help import COMMANDS, asked_for, command_page, first_page
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _run(command: str, arguments: list[str]) -> int:
             return _fail(str(error))
         return _fail(
             f"got no module {error.name}; expected the extra 'train', which the command line "
-            "needs; pip install 'smoa-jax[train]'"
+            f"needs; {how_to_install('train')}"
         )
     except (ValueError, OSError, ImportError) as error:
         remedy = getattr(error, "remedy", "")
