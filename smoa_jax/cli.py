@@ -22,6 +22,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +62,7 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 def command_parser(command: str) -> ArgumentParser:
     """The parser of a command's options, as ``smoa COMMAND --help`` shows them."""
-    return _PARSERS[command]()
+    return _TABLE[command][0]()
 
 
 def parse_run(arguments: Sequence[str]) -> RunConfig:
@@ -76,7 +78,7 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
 def _run(command: str, arguments: list[str]) -> int:
     _quieten_libraries()
     try:
-        return _RUNS[command](arguments)
+        return _TABLE[command][1](arguments)
     except SystemExit as done:  # --help and --print_config, once they have printed
         return int(done.code or 0)
     except ModuleNotFoundError as error:
@@ -339,69 +341,25 @@ def _lines(path: str) -> list[str]:
     return [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
 
 
-def _export_parser() -> ArgumentParser:
-    from smoa_jax.commands.export import export
-
-    return _writer_parser("export", export)
-
-
-def _export(arguments: list[str]) -> int:
-    from smoa_jax.commands.export import export
-
-    return export(**_parse(_export_parser(), arguments).as_dict())
-
-
-def _import_parser() -> ArgumentParser:
-    from smoa_jax.commands.import_adapter import import_adapter
-
-    return _writer_parser("import", import_adapter)
-
-
-def _import(arguments: list[str]) -> int:
-    from smoa_jax.commands.import_adapter import import_adapter
-
-    return import_adapter(**_parse(_import_parser(), arguments).as_dict())
-
-
-def _inspect_parser() -> ArgumentParser:
-    from smoa_jax.commands.inspect import inspect
-
-    parser = _function_parser("inspect", inspect, skip={"details", "as_json"})
-    parser.add_argument(
-        "--details", action="store_true", help="Every layer's update, not a row for each kernel"
-    )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
+def _call_parser(command: str) -> ArgumentParser:
+    """Of a command that is a function, with its flags as such."""
+    flags = _FUNCTIONS[command][1]
+    parser = _function_parser(command, _function(command), skip=set(flags))
+    for name, text in flags.items():
+        parser.add_argument(f"--{name.removeprefix('as_')}", action="store_true", help=text)
     return parser
 
 
-def _upload_parser() -> ArgumentParser:
-    from smoa_jax.commands.upload import upload
-
-    parser = _function_parser("upload", upload, skip={"public"})
-    parser.add_argument(
-        "--public", action="store_true", help="Let everybody see a repository that is made"
-    )
-    return parser
+def _call(command: str, arguments: list[str]) -> int:
+    """Run a command that is a function."""
+    options = _parse(_call_parser(command), arguments).as_dict()
+    flags = {name: options.pop(name.removeprefix("as_")) for name in _FUNCTIONS[command][1]}
+    return _function(command)(**options, **flags)
 
 
-def _upload(arguments: list[str]) -> int:
-    from smoa_jax.commands.upload import upload
-
-    return upload(**_parse(_upload_parser(), arguments).as_dict())
-
-
-def _inspect(arguments: list[str]) -> int:
-    from smoa_jax.commands.inspect import inspect
-
-    options = _parse(_inspect_parser(), arguments).as_dict()
-    return inspect(as_json=options.pop("json"), **options)
-
-
-def _writer_parser(command: str, function: Callable[..., int]) -> ArgumentParser:
-    """Of a command that writes a directory, with ``--overwrite`` as a plain flag."""
-    parser = _function_parser(command, function, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="Replace what output holds")
-    return parser
+def _function(command: str) -> Callable[..., int]:
+    name = _FUNCTIONS[command][0]
+    return getattr(import_module(f"smoa_jax.commands.{name}"), name)
 
 
 def _function_parser(
@@ -426,24 +384,26 @@ def _texts(word: str) -> list[str]:
     return [word]
 
 
-_RUNS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "generate": _generate,
-    "export": _export,
-    "import": _import,
-    "inspect": _inspect,
-    "upload": _upload,
+#: Commands whose options are the arguments of a function, and which of these are flags.
+_FUNCTIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "export": ("export", {"overwrite": "Replace what output holds"}),
+    "import": ("import_adapter", {"overwrite": "Replace what output holds"}),
+    "inspect": (
+        "inspect",
+        {
+            "details": "Every layer's update, not a row for each kernel",
+            "as_json": "Print one JSON object, nothing else",
+        },
+    ),
+    "upload": ("upload", {"public": "Let everybody see a repository that is made"}),
 }
 
-_PARSERS: dict[str, Callable[[], ArgumentParser]] = {
-    "train": _train_parser,
-    "evaluate": _evaluate_parser,
-    "generate": _generate_parser,
-    "export": _export_parser,
-    "import": _import_parser,
-    "inspect": _inspect_parser,
-    "upload": _upload_parser,
+#: What reads the options of each command, and what then runs it.
+_TABLE: dict[str, tuple[Callable[[], ArgumentParser], Callable[[list[str]], int]]] = {
+    "train": (_train_parser, _train),
+    "evaluate": (_evaluate_parser, _evaluate),
+    "generate": (_generate_parser, _generate),
+    **{name: (partial(_call_parser, name), partial(_call, name)) for name in _FUNCTIONS},
 }
 
 if __name__ == "__main__":
