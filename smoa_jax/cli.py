@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoa_jax.checks import how_to_install, require
-from smoa_jax.commands.help import COMMANDS, asked_for, command_page, first_page
+from smoa_jax.commands.help import COMMANDS, asked_for, command_page, first_page, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -127,10 +127,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         ) from error
     except ArgumentError as error:
         message = _reworded(" ".join(str(error).split()))
-        known = [action.dest for action in parser._actions]
-        raise ValueError(
-            f"{message}{_hint(message, known)}; see {parser.prog} --help all"
-        ) from error
+        raise ValueError(f"{_explained(parser, message)}; see {parser.prog} --help all") from error
 
 
 def _check_model_option(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -174,17 +171,32 @@ def _reworded(message: str) -> str:
     return message
 
 
-def _hint(message: str, known: Sequence[str]) -> str:
-    """What an option that nobody knows may have been meant to be."""
-    if "nrecognized" not in message:
-        return ""
-    unknown = [word for word in message.replace("'", " ").split() if word.startswith("--")]
-    near = [
-        match
-        for word in unknown
-        for match in difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=1)
+def _explained(parser: ArgumentParser, message: str) -> str:
+    """Of an option that a command doesn't have: whose it is, or what may have been meant."""
+    words = message.replace("'", " ").split() if "nrecognized" in message else []
+    unknown = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    if not unknown:
+        return message
+    name, command = unknown[0], parser.prog.split()[-1]
+    near = _near(name, options_of(parser))
+    hint = f" (did you mean --{near}?)" if near else ""
+    owners = [
+        f"smoa {other}"
+        for other in _TABLE
+        if other != command and name in options_of(command_parser(other))
     ]
-    return f" (did you mean --{near[0]}?)" if near else ""
+    if not owners:
+        return f"{message}{hint}"
+    return f"got --{name}, an option of {', '.join(owners)}; expected one of smoa {command}'s{hint}"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """The option most like ``name``, as a whole or by its last part; empty if none is."""
+    if whole := difflib.get_close_matches(name, known, n=1):
+        return whole[0]
+    lasts = {option.rpartition(".")[2]: option for option in known}
+    found = difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)
+    return lasts[found[0]] if found else ""
 
 
 def _run_parser(command: str) -> ArgumentParser:

@@ -188,6 +188,18 @@ def test_a_command_refuses_what_it_cannot_do(trained, tmp_path, capsys, monkeypa
     [
         (["train", "--train.step", "5"], ["--train.step", "did you mean --train.steps?"]),
         (["generate", "--max_new_token", "3"], ["did you mean --max_new_tokens?"]),
+        (
+            ["generate", "--train.steps", "3"],
+            ["got --train.steps, an option of smoa train; expected one of smoa generate's; see"],
+        ),
+        (
+            ["train", "--max_new_tokens=3"],
+            ["an option of smoa generate; expect", "did you mean --evaluation.max_new_tokens?"],
+        ),
+        (
+            ["upload", "--checkpoint", "best"],
+            ["an option of smoa evaluate, smoa generate, smoa export, smoa inspect; expected"],
+        ),
         (["train", "--model", "model.gguf"], ["got --model,", "did you mean --model.path?"]),
         (["generate", "--model.path", "M", "--prompt", "a"], ["did you mean --model?"]),
         (["evaluate", "--adapter", "runs/nope"], ["runs/nope", "does not exist"]),
