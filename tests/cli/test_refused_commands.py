@@ -183,6 +183,15 @@ def test_a_command_refuses_what_it_cannot_do(trained, tmp_path, capsys, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_upload_without_a_token_says_so_before_anything_else(trained, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    capsys.readouterr()
+    assert main(["upload", "--directory", str(trained.run), "--name", "me/mine"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "got no token of the hub" in said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
