@@ -193,13 +193,16 @@ def _beside_weights(base: StoredBase) -> dict[str, Any]:
 
 def _show_rounding(report: Mapping[str, MergeLoss], dtype: str) -> None:
     """What rounding the merged kernels loses, with a warning where that is much of the update."""
+    worst = max(loss.relative for loss in report.values())
+    if not worst:
+        console.print(f"rounding: none, the merged kernels are what {dtype} holds", soft_wrap=True)
+        return
     table = Table(title=f"rounding of the merged kernels to {dtype}")
     for column in ("kernel", "rounding / update", "update that passes"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
     for name, loss in report.items():
         table.add_row(name, f"{loss.relative:.2%}", f"{loss.kept:.2%}")
     console.print(table)
-    worst = max(loss.relative for loss in report.values())
     if worst > LARGEST_ROUNDING:
         console.print(
             f"warning: rounding to {dtype} disturbs an update by {worst:.0%} of its size; "

@@ -330,7 +330,10 @@ def test_the_merged_export_answers_like_the_adapter_in_one_file_or_several(
     assert len(list(output.glob("model-*.safetensors"))) > 1
     arguments = ["generate", "--model", output, "--prompt", "leaf 7", "--max_new_tokens", 6]
     assert shown(capsys, arguments).out == "green\n"
-    shown(capsys, export(trained, output, "--overwrite"))
+    # In float32, as the base is, nothing is rounded, and no table of nothing is shown.
+    text = shown(capsys, export(trained, output, "--overwrite")).out
+    assert "rounding: none" in text
+    assert "rounding / update" not in text
     assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
     assert shown(capsys, arguments).out == "green\n"
 
