@@ -281,6 +281,8 @@ class _Run:
                 stop_on_signals(stopping),
                 ProgressReport("training", steps, start=start) as report,
             ):
+                if math.isfinite(before[0]):
+                    report.say(f"step 0: held-out loss {before[0]:.4f}, the base's own")
                 between = BetweenSteps(
                     self._config.train,
                     start=start,

@@ -84,11 +84,13 @@ def test_training_shows_its_data_and_its_table_and_what_comes_next(trained):
     text = trained.printed
     summary = json.loads((trained.run / "summary.json").read_text())
     assert "data: 32 rows to train on, 8 held out" in text
-    assert numbers_of(text, "held-out loss") == [
+    assert numbers_of(text, "│ held-out loss") == [
         f"{summary['loss_before']:.4f}",
         f"{summary['loss_after']:.4f}",
     ]
     assert numbers_of(text, "accuracy on 8 held-out rows") == ["0.0%", "100.0%"]
+    base = f"step 0: held-out loss {summary['loss_before']:.4f}, the base's own\n"
+    assert base in text[: text.index("training 120/120")]
     # Two kernels in 2 layers, rank 8 in two blocks: half of (inputs + outputs) * 8 each.
     trained_parameters = 2 * sum((i + o) * 4 for i, o in [(32, 64), (48, 32)])
     assert f"{trained_parameters:,} (" in text
@@ -172,6 +174,7 @@ def test_resuming_with_other_settings_says_so_and_writes_them_down(finished, cap
     assert "train.steps" not in text
     assert yaml.safe_load(finished.config.read_text())["optimizer"]["learning_rate"] == 0.05
     assert numbers_of(text, "accuracy on 8 held-out rows") == ["0.0%", "100.0%"]
+    assert read_adapter(finished.adapter).facts["learning rate"] == 0.1  # that it was trained at
 
 
 def test_a_name_on_the_hub_serves_model_and_tokenizer(

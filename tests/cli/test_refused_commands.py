@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from smoa_jax.cli import main
 from smoa_jax.sharding import mesh
 from smoa_jax.training import model as run_model
 from tests.cli.damage import make_another_base
