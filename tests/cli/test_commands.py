@@ -17,6 +17,7 @@ import yaml
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.tree import apply_smoa
 from smoa_jax.checkpoint.base import load_base
+from smoa_jax.checkpoint.export import merged
 from smoa_jax.checkpoint.export.huggingface import export_huggingface
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
 from smoa_jax.cli import main
@@ -362,7 +363,7 @@ def test_a_bf16_export_reports_its_rounding_and_warns_of_a_gentle_adapter(
 
 @pytest.mark.parametrize(("size", "dtype"), [(1e-3, "float32"), (3.0, "bfloat16")])
 def test_a_merged_model_is_in_the_bases_own_dtype_unless_that_loses_the_update(
-    base, capsys, tmp_path, size, dtype
+    base, capsys, tmp_path, monkeypatch, size, dtype
 ):
     own = load_base(base)
     model = export_huggingface(
@@ -381,7 +382,15 @@ def test_a_merged_model_is_in_the_bases_own_dtype_unless_that_loses_the_update(
     known = {"base_fingerprint": stored.fingerprint, "base_name": "organisation/tiny"}
     adapter = save_adapter(params, config, tmp_path / "adapter", **known)
     words = ["export", "--model", model, "--adapter", adapter, "--output"]
+    formed = []
+    for name in ("merge_layer", "layer_loss"):
+        function = getattr(merged, name)
+        monkeypatch.setattr(
+            merged, name, lambda *a, of=function, name=name: formed.append(name) or of(*a)
+        )
     text = shown(capsys, [*words, tmp_path / "merged"]).out
+    # Of each layer once to decide, and once to write.
+    assert formed == ["layer_loss"] * 2 + ["merge_layer"] * 2
     count = sum(leaf.size for leaf in jax.tree.leaves(own.params))
     assert f"writing {count:,} parameters in {dtype}, " in text
     assert ("would disturb the update of layers.self_attn.q_proj" in text) == (dtype == "float32")
