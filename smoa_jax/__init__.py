@@ -135,9 +135,11 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("smoa_jax"):
             raise
+        from smoa_jax import checks
+
         raise ModuleNotFoundError(
             f"got no module {error.name}, which smoa_jax.{name} needs; expected the extra 'train'; "
-            "pip install 'smoa-jax[train]'",
+            f"{checks.how_to_install('train')}",
             name=error.name,
         ) from error
 

@@ -35,6 +35,11 @@ def require(
         refuse(got, expected, do, where=where, error=error)
 
 
+def how_to_install(*extras: str) -> str:
+    """How extras are had: the package is on no index, and is installed from its repository."""
+    return f"pip install '.[{','.join(extras)}]' in the repository of smoa_jax"
+
+
 def require_one_of(literal: Any, value: object, name: str) -> None:
     """Raises ``ValueError`` unless ``value`` is one of the words of a ``Literal`` type."""
     known = get_args(literal)

@@ -22,11 +22,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoa_jax.checks import require
-from smoa_jax.commands.help import COMMANDS, asked_for, command_page, first_page
+from smoa_jax.checks import how_to_install, require
+from smoa_jax.commands.help import COMMANDS, asked_for, command_page, first_page, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -60,7 +62,7 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 def command_parser(command: str) -> ArgumentParser:
     """The parser of a command's options, as ``smoa COMMAND --help`` shows them."""
-    return _PARSERS[command]()
+    return _TABLE[command][0]()
 
 
 def parse_run(arguments: Sequence[str]) -> RunConfig:
@@ -76,7 +78,7 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
 def _run(command: str, arguments: list[str]) -> int:
     _quieten_libraries()
     try:
-        return _RUNS[command](arguments)
+        return _TABLE[command][1](arguments)
     except SystemExit as done:  # --help and --print_config, once they have printed
         return int(done.code or 0)
     except ModuleNotFoundError as error:
@@ -84,7 +86,7 @@ def _run(command: str, arguments: list[str]) -> int:
             return _fail(str(error))
         return _fail(
             f"got no module {error.name}; expected the extra 'train', which the command line "
-            "needs; pip install 'smoa-jax[train]'"
+            f"needs; {how_to_install('train')}"
         )
     except (ValueError, OSError, ImportError) as error:
         remedy = getattr(error, "remedy", "")
@@ -125,10 +127,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         ) from error
     except ArgumentError as error:
         message = _reworded(" ".join(str(error).split()))
-        known = [action.dest for action in parser._actions]
-        raise ValueError(
-            f"{message}{_hint(message, known)}; see {parser.prog} --help all"
-        ) from error
+        raise ValueError(f"{_explained(parser, message)}; see {parser.prog} --help all") from error
 
 
 def _check_model_option(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -172,17 +171,32 @@ def _reworded(message: str) -> str:
     return message
 
 
-def _hint(message: str, known: Sequence[str]) -> str:
-    """What an option that nobody knows may have been meant to be."""
-    if "nrecognized" not in message:
-        return ""
-    unknown = [word for word in message.replace("'", " ").split() if word.startswith("--")]
-    near = [
-        match
-        for word in unknown
-        for match in difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=1)
+def _explained(parser: ArgumentParser, message: str) -> str:
+    """Of an option that a command doesn't have: whose it is, or what may have been meant."""
+    words = message.replace("'", " ").split() if "nrecognized" in message else []
+    unknown = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    if not unknown:
+        return message
+    name, command = unknown[0], parser.prog.split()[-1]
+    near = _near(name, options_of(parser))
+    hint = f" (did you mean --{near}?)" if near else ""
+    owners = [
+        f"smoa {other}"
+        for other in _TABLE
+        if other != command and name in options_of(command_parser(other))
     ]
-    return f" (did you mean --{near[0]}?)" if near else ""
+    if not owners:
+        return f"{message}{hint}"
+    return f"got --{name}, an option of {', '.join(owners)}; expected one of smoa {command}'s{hint}"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """The option most like ``name``, as a whole or by its last part; empty if none is."""
+    if whole := difflib.get_close_matches(name, known, n=1):
+        return whole[0]
+    lasts = {option.rpartition(".")[2]: option for option in known}
+    found = difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)
+    return lasts[found[0]] if found else ""
 
 
 def _run_parser(command: str) -> ArgumentParser:
@@ -339,69 +353,25 @@ def _lines(path: str) -> list[str]:
     return [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
 
 
-def _export_parser() -> ArgumentParser:
-    from smoa_jax.commands.export import export
-
-    return _writer_parser("export", export)
-
-
-def _export(arguments: list[str]) -> int:
-    from smoa_jax.commands.export import export
-
-    return export(**_parse(_export_parser(), arguments).as_dict())
-
-
-def _import_parser() -> ArgumentParser:
-    from smoa_jax.commands.import_adapter import import_adapter
-
-    return _writer_parser("import", import_adapter)
-
-
-def _import(arguments: list[str]) -> int:
-    from smoa_jax.commands.import_adapter import import_adapter
-
-    return import_adapter(**_parse(_import_parser(), arguments).as_dict())
-
-
-def _inspect_parser() -> ArgumentParser:
-    from smoa_jax.commands.inspect import inspect
-
-    parser = _function_parser("inspect", inspect, skip={"details", "as_json"})
-    parser.add_argument(
-        "--details", action="store_true", help="Every layer's update, not a row for each kernel"
-    )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
+def _call_parser(command: str) -> ArgumentParser:
+    """Of a command that is a function, with its flags as such."""
+    flags = _FUNCTIONS[command][1]
+    parser = _function_parser(command, _function(command), skip=set(flags))
+    for name, text in flags.items():
+        parser.add_argument(f"--{name.removeprefix('as_')}", action="store_true", help=text)
     return parser
 
 
-def _upload_parser() -> ArgumentParser:
-    from smoa_jax.commands.upload import upload
-
-    parser = _function_parser("upload", upload, skip={"public"})
-    parser.add_argument(
-        "--public", action="store_true", help="Let everybody see a repository that is made"
-    )
-    return parser
+def _call(command: str, arguments: list[str]) -> int:
+    """Run a command that is a function."""
+    options = _parse(_call_parser(command), arguments).as_dict()
+    flags = {name: options.pop(name.removeprefix("as_")) for name in _FUNCTIONS[command][1]}
+    return _function(command)(**options, **flags)
 
 
-def _upload(arguments: list[str]) -> int:
-    from smoa_jax.commands.upload import upload
-
-    return upload(**_parse(_upload_parser(), arguments).as_dict())
-
-
-def _inspect(arguments: list[str]) -> int:
-    from smoa_jax.commands.inspect import inspect
-
-    options = _parse(_inspect_parser(), arguments).as_dict()
-    return inspect(as_json=options.pop("json"), **options)
-
-
-def _writer_parser(command: str, function: Callable[..., int]) -> ArgumentParser:
-    """Of a command that writes a directory, with ``--overwrite`` as a plain flag."""
-    parser = _function_parser(command, function, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="Replace what output holds")
-    return parser
+def _function(command: str) -> Callable[..., int]:
+    name = _FUNCTIONS[command][0]
+    return getattr(import_module(f"smoa_jax.commands.{name}"), name)
 
 
 def _function_parser(
@@ -426,24 +396,26 @@ def _texts(word: str) -> list[str]:
     return [word]
 
 
-_RUNS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "generate": _generate,
-    "export": _export,
-    "import": _import,
-    "inspect": _inspect,
-    "upload": _upload,
+#: Commands whose options are the arguments of a function, and which of these are flags.
+_FUNCTIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "export": ("export", {"overwrite": "Replace what output holds"}),
+    "import": ("import_adapter", {"overwrite": "Replace what output holds"}),
+    "inspect": (
+        "inspect",
+        {
+            "details": "Every layer's update, not a row for each kernel",
+            "as_json": "Print one JSON object, nothing else",
+        },
+    ),
+    "upload": ("upload", {"public": "Let everybody see a repository that is made"}),
 }
 
-_PARSERS: dict[str, Callable[[], ArgumentParser]] = {
-    "train": _train_parser,
-    "evaluate": _evaluate_parser,
-    "generate": _generate_parser,
-    "export": _export_parser,
-    "import": _import_parser,
-    "inspect": _inspect_parser,
-    "upload": _upload_parser,
+#: What reads the options of each command, and what then runs it.
+_TABLE: dict[str, tuple[Callable[[], ArgumentParser], Callable[[list[str]], int]]] = {
+    "train": (_train_parser, _train),
+    "evaluate": (_evaluate_parser, _evaluate),
+    "generate": (_generate_parser, _generate),
+    **{name: (partial(_call_parser, name), partial(_call, name)) for name in _FUNCTIONS},
 }
 
 if __name__ == "__main__":

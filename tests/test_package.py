@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,13 @@ def test_the_version_is_the_projects_own(capsys):
     assert smoa_jax.__version__ == PROJECT["version"]
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"smoa {PROJECT['version']}\n"
+
+
+def test_nothing_says_that_an_index_has_the_package():
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*")]
+    for path in [*files, *ROOT.glob("smoa_jax/**/*.py")]:
+        if path.is_file():
+            assert not re.search(r"pip install '?smoa.jax", path.read_text()), path
 
 
 def test_the_citation_names_both_papers_and_no_version_of_its_own():
@@ -82,5 +90,5 @@ def test_without_the_extra_the_method_is_there_and_the_rest_names_it():
     assert done.returncode == 2, done.stderr
     for text, what in ((done.stdout, "smoa_jax.load_base"), (done.stderr, "the command line")):
         assert what in text
-        assert "pip install 'smoa-jax[train]'" in text
+        assert "pip install '.[train]' in the repository of smoa_jax" in text
     assert "Traceback" not in done.stderr

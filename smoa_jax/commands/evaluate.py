@@ -32,7 +32,7 @@ def evaluate(
     """Score an adapter on the held-out rows of a run's data: loss, and answers if asked for."""
     initialize(config.distributed)
     say = console.print if is_first() and not as_json else _silent
-    warn = Console(stderr=True).print if is_first() else _silent
+    aside = Console(stderr=True, quiet=not is_first())
     with together():
         tokenizer = load_tokenizer(abstract_base(config.model.path).source)
         data = build_data(config.data, tokenizer, held_out_only=True)
@@ -47,7 +47,7 @@ def evaluate(
     with adapter_directory(adapter_dir, checkpoint, config.model.path) as directory:
         trained_with = read_adapter(directory).template
         if trained_with not in ("", config.data.template):
-            warn(
+            aside.print(
                 f"warning: the adapter was trained with the template {trained_with}, and "
                 f"data.template is {config.data.template}; expected the same for a fair score",
                 style="yellow",
@@ -55,8 +55,7 @@ def evaluate(
             )
         loaded = load_model(config)
         check_data(config, loaded, data)
-        quiet = Console(quiet=True) if as_json else None
-        with ProgressReport("planning spectra", 1, console=quiet) as report:
+        with ProgressReport("planning spectra", 1, console=aside) as report:
             params = load_adapter(
                 directory,
                 loaded.base.params,
@@ -64,12 +63,15 @@ def evaluate(
                 cache_dir=spectra_cache(config.model.spectra_cache),
                 progress=report.resize,
             )
-    both = (strip_smoa(params), params)
-    losses = [held_out_loss(config, loaded, data.eval, tree) for tree in both]
-    accuracies = [math.nan, math.nan]
-    if config.evaluation.rows:
-        answers = [held_out_answers(config, loaded, data, tree, tokenizer) for tree in both]
-        accuracies = [found.score.accuracy for found in answers]
+    both = {"base": strip_smoa(params), "adapted": params}
+    losses, accuracies = [], [math.nan, math.nan]
+    for name, tree in both.items():
+        with ProgressReport(f"held-out loss, {name}", 1, console=aside) as report:
+            losses.append(held_out_loss(config, loaded, data.eval, tree, report.resize))
+    for index, (name, tree) in enumerate(both.items() if config.evaluation.rows else ()):
+        with ProgressReport(f"answers, {name}", 1, console=aside) as report:
+            found = held_out_answers(config, loaded, data, tree, tokenizer, report.resize)
+        accuracies[index] = found.score.accuracy
     if as_json and is_first():
         scores = {"loss_base": losses[0], "loss_adapted": losses[1], "rows": len(data.eval)}
         if config.evaluation.rows:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from smoa_jax.checkpoint.export.merged import MergedReader
 from smoa_jax.checkpoint.export.orbax import export_orbax
 from smoa_jax.checkpoint.huggingface import directory as huggingface
 from smoa_jax.checkpoint.huggingface.config import is_multimodal
-from smoa_jax.checkpoint.native.directory import open_adapter
+from smoa_jax.checkpoint.native.directory import open_adapter, read_adapter
 from smoa_jax.checkpoint.peft import export as peft_files
 from smoa_jax.checkpoint.peft.export import export_peft
 from smoa_jax.checkpoint.peft.names import module_naming
@@ -78,6 +79,7 @@ def export(
     base = open_base(model)
     with adapter_directory(adapter, checkpoint, model) as directory:
         params, config = open_adapter(directory, base.params, base_fingerprint=base.fingerprint)
+        facts = read_adapter(directory).said
     if format == "peft":
         export_peft(
             params,
@@ -85,53 +87,53 @@ def export(
             output,
             base_model_name=base_name or str(Path(model)),
             hf_module_name=module_naming(base.hf_config),
+            facts=facts,
             overwrite=overwrite,
         )
         console.print(f"PEFT adapter: {output}", soft_wrap=True, markup=False)
         return 0
 
-    def merged(rounded_to: str) -> MergedReader:
-        cache_dir = spectra_cache(spectra_cache_dir)
-        return MergedReader(base, params, config, rounded_to=rounded_to, cache_dir=cache_dir)
-
-    chosen = _dtype(base, merged) if dtype == "auto" else dtype
+    merged = functools.partial(
+        MergedReader, base, params, config, cache_dir=spectra_cache(spectra_cache_dir)
+    )
+    chosen, losses = _chosen(base, merged()) if dtype == "auto" else (dtype, {})
     count = sum(math.prod(slot.shape) for slot in base.slots.values())
     size = count * jnp.dtype(chosen).itemsize / 2**30
     console.print(f"writing {count:,} parameters in {chosen}, {size:.2f} GiB", soft_wrap=True)
-    reader = merged(chosen)
+    counts = chosen != "float32" and not losses
+    reader = merged(rounded_to=chosen if counts else None)
     write = _write_huggingface if format == "huggingface" else _write_orbax
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder) / CARD_FILE
-        text = model_card(format, config, base_name=base_name or str(Path(model)))
+        text = model_card(format, config, base_name=base_name or str(Path(model)), facts=facts)
         card.write_text(text, encoding="utf-8")
         beside = _beside_weights(base) | {"tokenizer_files": [card]}
         write(reader, base, output, jnp.dtype(chosen), max_shard_bytes, overwrite, beside)
-    _show_rounding(reader.report(), chosen)
+    _show_rounding(losses or reader.report(), chosen)
     console.print(f"merged model: {output}", soft_wrap=True, markup=False)
     return 0
 
 
-def _dtype(base: StoredBase, merged: Callable[[str], MergedReader]) -> str:
-    """The base's own, unless rounding to it would lose more than a little of an update."""
+def _chosen(base: StoredBase, reader: MergedReader) -> tuple[str, Mapping[str, MergeLoss]]:
+    """The base's own dtype, unless rounding to it would lose more than a little of an update.
+
+    With what it loses, so that this need not be measured again. Every update is formed here and
+    once more for writing: to keep them in between would take room for all adapted kernels.
+    """
     stored = {tensor.dtype for tensor in base.reader.tensors.values()}
     if stored != {"BF16"}:
-        return "float32"
-    reader = merged("bfloat16")
-    worst, name = 0.0, ""
-    for slot in base.slots.values():
-        if slot.path in reader.adapted:
-            reader.read(slot.name, tuple(slice(0, size) for size in slot.shape))
-    for kernel, loss in reader.report().items():
-        worst, name = max((worst, name), (loss.relative, kernel))
+        return "float32", {}
+    losses = reader.measure("bfloat16")
+    worst, name = max((loss.relative, kernel) for kernel, loss in losses.items())
     if worst <= LARGEST_ROUNDING:
-        return "bfloat16"
+        return "bfloat16", losses
     console.print(
         f"dtype float32: rounding to the base's bfloat16 would disturb the update of {name} by "
         f"{worst:.0%} of its size, and {LARGEST_ROUNDING:.0%} is allowed; --dtype bfloat16 does so",
         soft_wrap=True,
         markup=False,
     )
-    return "float32"
+    return "float32", {}
 
 
 def _write_huggingface(
@@ -190,14 +192,20 @@ def _beside_weights(base: StoredBase) -> dict[str, Any]:
 
 
 def _show_rounding(report: Mapping[str, MergeLoss], dtype: str) -> None:
-    """What rounding the merged kernels loses, with a warning where that is much of the update."""
+    """What rounding the merged kernels loses, with a warning where that is much of the update.
+
+    The merge itself is in float32, of which nothing is reported, since nothing is rounded.
+    """
+    worst = max((loss.relative for loss in report.values()), default=0.0)
+    if not worst:
+        console.print(f"rounding: none, the merged kernels are what {dtype} holds", soft_wrap=True)
+        return
     table = Table(title=f"rounding of the merged kernels to {dtype}")
     for column in ("kernel", "rounding / update", "update that passes"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
     for name, loss in report.items():
         table.add_row(name, f"{loss.relative:.2%}", f"{loss.kept:.2%}")
     console.print(table)
-    worst = max(loss.relative for loss in report.values())
     if worst > LARGEST_ROUNDING:
         console.print(
             f"warning: rounding to {dtype} disturbs an update by {worst:.0%} of its size; "

@@ -161,18 +161,24 @@ def _converse(
     system: str,
     note: str,
 ) -> int:
-    """Read a line, answer it with all that was said before in mind, and so on to the end."""
+    """Read a line, answer it with all that was said before in mind, and so on to the end.
+
+    Lines that nobody types on the screen are shown there, so that a transcript has both sides.
+    """
     if note:
         print(note, file=sys.stderr)
     print("an empty line or end of input ends the conversation", file=sys.stderr)
+    typed = sys.stdin.isatty()
     turns: tuple[Message, ...] = ()
     while True:
         try:
-            text = input("> ")
+            text = input("> " if typed else "")
         except EOFError:
             return 0
         if not text.strip():
             return 0
+        if not typed:
+            console.print(f"> {text}", markup=False, soft_wrap=True)
         (response,) = answer([_open_row(text, system, turns)], jax.random.fold_in(key, len(turns)))
         console.print(response, markup=False, soft_wrap=True)
         said = Message(role="user", content=text), Message(role="assistant", content=response)

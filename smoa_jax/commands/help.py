@@ -170,8 +170,8 @@ def command_page(parser: argparse.ArgumentParser, which: str) -> str:
     """The ``first`` page of a command, or ``all`` of it; the parser's prog names the command."""
     command = parser.prog.split()[-1]
     page = _PAGES[command]
-    options = {action.dest: action for action in parser._actions if _is_option(action, parser)}
-    useful = [name for name in options if not re.fullmatch(page.useless, name)]
+    options = {action.dest: action for action in parser._actions}
+    useful = options_of(parser)
     shown = page.first if page.first and which == "first" else useful
     usage = "\n       ".join(page.usage)
     blocks = [f"usage: {usage}", COMMANDS[command]]
@@ -183,6 +183,13 @@ def command_page(parser: argparse.ArgumentParser, which: str) -> str:
     left = len(useful) - len(shown)
     blocks.append(f"{left} more options: {parser.prog} --help all" if left else page.note)
     return "\n\n".join(blocks).strip()
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a command that have an effect, by name."""
+    useless = _PAGES[parser.prog.split()[-1]].useless
+    names = [action.dest for action in parser._actions if _is_option(action, parser)]
+    return [name for name in names if not re.fullmatch(useless, name)]
 
 
 def _is_option(action: argparse.Action, parser: argparse.ArgumentParser) -> bool:

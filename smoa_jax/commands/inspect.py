@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 from rich.table import Table
 
 from smoa_jax.adapter.config import SmoaConfig
@@ -31,6 +32,7 @@ from smoa_jax.evaluation.inspection import (
 )
 from smoa_jax.evaluation.plots import PlottedAdapter, load_pyplot, plot_spectra
 from smoa_jax.training.directory import jsonable
+from smoa_jax.training.metrics import ProgressReport
 from smoa_jax.training.model import spectra_cache
 from smoa_jax.training.saved_adapter import adapter_directory
 
@@ -188,11 +190,15 @@ def _trained(
     _check_layers(layers, rows)
     wanted = {row.name: row.among(layers) for row in rows}
     reader = MergedReader(base, params, config, cache_dir=cache_dir)
-    with jax.default_device(jax.devices("cpu")[0]):
-        spectra = [
-            update_spectrum(found.name, found.layer, found.weight, found.modulation)
-            for found in reader.layers(wanted)
-        ]
+    total = sum(map(len, wanted.values()))
+    spectra = []
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        ProgressReport("spectra of updates", total, console=Console(stderr=True)) as report,
+    ):
+        for found in reader.layers(wanted):
+            spectra.append(update_spectrum(found.name, found.layer, found.weight, found.modulation))
+            report.update(len(spectra), found.name)
     return _Inspected(config=config, trained=trained, rows=rows, source=source, spectra=spectra)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from smoa_jax.checkpoint.huggingface.upload import check_upload
 from smoa_jax.checkpoint.huggingface.upload import upload as upload_directory
 from smoa_jax.commands.tables import console
 from smoa_jax.training.directory import RunDirectory
@@ -20,6 +21,7 @@ def upload(*, directory: str, name: str, public: bool = False, message: str = ""
     """
     run = RunDirectory(directory)
     source = run.adapter if run.holds_run else Path(directory)
+    check_upload(source, name)
     size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     console.print(f"uploading {source} ({size / 1e6:.1f} MB)", soft_wrap=True, markup=False)
     where = upload_directory(source, name, private=not public, message=message)

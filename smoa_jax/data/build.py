@@ -17,7 +17,7 @@ from smoa_jax.data.identity import Identity, data_identity, streamed_digest
 from smoa_jax.data.packing import plan_rows
 from smoa_jax.data.pipeline import ExamplesIndex, TrainStream
 from smoa_jax.data.reasoning import reasoning_rows
-from smoa_jax.data.rows import AnyRow, BadRowError, Conversation
+from smoa_jax.data.rows import AnyRow, Conversation, bad_rows_counted
 from smoa_jax.data.sources import parse_row, read_rows
 from smoa_jax.data.splits import drop_overlap, question_keys, split_rows
 from smoa_jax.data.streaming import HubRecords, JsonLines, PackedStream, Records, StreamedRows
@@ -134,6 +134,7 @@ def build_data(
             train_files=config.train_files,
             eval_files=config.eval_files,
             settings=config.row_settings(),
+            digests=dict(zip(config.train_files, getattr(records, "digests", ()), strict=False)),
         )
     if held_out is not None:
         counts["eval"] = dict(held_out.examples.counts)
@@ -183,12 +184,9 @@ def _first_rows(
     if records is None:
         return rows, held_out, counts
     for index in range(min(_FIRST, len(records))):
-        try:
+        with bad_rows_counted(Counter(), config.on_bad_row):  # again, when they come up
             origin, record = records[index]
             rows.append(parse_row(record, origin=origin, columns=config.columns))
-        except BadRowError:
-            if config.on_bad_row == "error":
-                raise
     require(
         bool(rows),
         f"no row among the first {_FIRST} of {len(records)} to stream",

@@ -20,10 +20,10 @@ from smoa_jax.checks import require
 from smoa_jax.data.pieces import encode_pieces
 from smoa_jax.data.rows import (
     AnyRow,
-    BadRowError,
     OnBadRow,
     Row,
     Text,
+    bad_rows_counted,
     question_of,
     reference_of,
 )
@@ -216,12 +216,8 @@ def _render(
     counts: Counter[str] = Counter(bad_rows=0)
     rendered: list[tuple[AnyRow, Rendered]] = []
     for row in rows:
-        try:
+        with bad_rows_counted(counts, on_bad_row):
             rendered.append((row, template(row)))
-        except BadRowError:
-            if on_bad_row == "error":
-                raise
-            counts["bad_rows"] += 1
     return rendered, counts
 
 

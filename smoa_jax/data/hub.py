@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from smoa_jax.checks import require
+from smoa_jax.checks import how_to_install, require
 from smoa_jax.data.config import HubConfig
 from smoa_jax.data.rows import AnyRow, OnBadRow
 from smoa_jax.data.sources import collect_rows
@@ -24,7 +24,7 @@ def open_split(config: HubConfig, split: str) -> Any:
     except ImportError as error:
         raise ImportError(
             f"got data.hub.name={config.name} without the library datasets; expected the extra "
-            "'data'; pip install 'smoa-jax[data]'"
+            f"'data'; {how_to_install('data')}"
         ) from error
     datasets.disable_progress_bars()
     try:

@@ -42,6 +42,7 @@ def data_identity(
     train_files: Sequence[str] = (),
     eval_files: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> Identity:
     """The identity of encoded rows.
 
@@ -52,13 +53,15 @@ def data_identity(
         train_files: What the rows were read from.
         eval_files: What the held-out rows were read from, where they have files of their own.
         settings: What else decides about the rows, by its name in the configuration.
+        digests: SHA-256 of files that have been read already, by name.
     """
+    known = digests or {}
     plain = json.loads(json.dumps(dict(settings or {}), default=str))
     return {
         "train": _digest(train),
         "eval": "" if held_out is None else _digest(held_out, references),
-        "train_files": [[name, _file_digest(name)] for name in train_files],
-        "eval_files": [[name, _file_digest(name)] for name in eval_files],
+        "train_files": [[name, known.get(name) or _file_digest(name)] for name in train_files],
+        "eval_files": [[name, known.get(name) or _file_digest(name)] for name in eval_files],
         "settings": plain,
     }
 

@@ -250,6 +250,11 @@ def eval_batches(
             )
 
 
+def num_eval_batches(index: ExamplesIndex, batch_size: int) -> int:
+    """How many ``eval_batches`` there are."""
+    return int((-(-np.bincount(index.plan.bucket_of_row) // batch_size)).sum())
+
+
 def unchecked(state: StreamState) -> str:
     """What ``restore`` cannot compare for want of it in ``state``, in one line; else empty."""
     if "data" in state:

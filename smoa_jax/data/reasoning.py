@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from smoa_jax.checks import how_to_install
 from smoa_jax.data.rows import AnyRow, Row
 from smoa_jax.data.splits import draw_split
 
@@ -36,8 +37,8 @@ class ReasoningTask:
             import reasoning_gym  # type: ignore[import-not-found]
         except ImportError as error:
             raise ValueError(
-                "got data source reasoning_gym, which is not installed; expected the extra; run "
-                "pip install 'smoa-jax[reasoning]' (it needs a C compiler)"
+                "got data source reasoning_gym, which is not installed; expected the extra "
+                f"'reasoning'; {how_to_install('reasoning')} (it needs a C compiler)"
             ) from error
         try:
             self._items = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)

@@ -6,7 +6,10 @@ format or generator they come from. ``origin`` says where a row was read, for er
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections import Counter
+from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -68,6 +71,21 @@ class BadRowError(ValueError):
 
     #: For who runs a command.
     remedy = "mend the row, or set data.on_bad_row=skip to leave such rows out and count them"
+
+
+@contextlib.contextmanager
+def bad_rows_counted(counts: Counter[str], on_bad_row: OnBadRow) -> Iterator[None]:
+    """Within it a bad row stops the run, or is counted and left out where such are to be skipped.
+
+    Raises:
+        BadRowError: As it was, unless such rows are to be skipped.
+    """
+    try:
+        yield
+    except BadRowError:
+        if on_bad_row == "error":
+            raise
+        counts["bad_rows"] += 1
 
 
 def question_of(row: AnyRow) -> str:

@@ -31,6 +31,7 @@ from smoa_jax.data.rows import (
     Role,
     Row,
     Text,
+    bad_rows_counted,
 )
 
 #: Fields that make a row, to which ``columns`` may map.
@@ -116,12 +117,8 @@ def collect_rows(
     """
     rows: list[AnyRow] = []
     for origin, record in records:
-        try:
+        with bad_rows_counted(counts, on_bad_row):
             rows.append(parse_row(record, origin=origin, columns=columns))
-        except BadRowError:
-            if on_bad_row == "error":
-                raise
-            counts["bad_rows"] += 1
         if limit and len(rows) == limit:
             break
     return rows

@@ -12,6 +12,7 @@ held-out row asks, where otherwise the held-out row would be.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import Counter
@@ -63,7 +64,10 @@ class JsonLines:
                 "a readable file of one object a line, ending in .jsonl",
                 "convert it, or read it whole with data.stream=false",
             )
-        self._offsets = [_line_offsets(path) for path in self._paths]
+        found = [_line_offsets(path) for path in self._paths]
+        self._offsets = [offsets for offsets, _ in found]
+        #: SHA-256 of each file, whose lines have all gone by.
+        self.digests = [digest for _, digest in found]
         self._ends = np.cumsum([len(offsets) for offsets in self._offsets])
 
     def __len__(self) -> int:
@@ -292,12 +296,13 @@ def _as_batch(packed: dict[str, np.ndarray], rows: slice, pad: int) -> Batch:
     }
 
 
-def _line_offsets(path: Path) -> np.ndarray:
-    """Where each line that is not blank begins."""
-    offsets, start = [], 0
+def _line_offsets(path: Path) -> tuple[np.ndarray, str]:
+    """Where each line that is not blank begins, and the SHA-256 of all of them."""
+    offsets, start, digest = [], 0, hashlib.sha256()
     with path.open("rb") as file:
         for line in file:
+            digest.update(line)
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
                 offsets.append(start)
             start += len(line)
-    return np.asarray(offsets, np.int64)
+    return np.asarray(offsets, np.int64), digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from smoa_jax.checks import require
+from smoa_jax.checks import how_to_install, require
 from smoa_jax.evaluation.inspection import RANK_TOLERANCE, UpdateSpectrum
 
 #: Colour map, its part in use (the palest shades vanish on white) and line style of each adapter.
@@ -50,7 +50,7 @@ def load_pyplot() -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            "got no matplotlib; expected the extra 'plot'; pip install 'smoa-jax[plot]'"
+            f"got no matplotlib; expected the extra 'plot'; {how_to_install('plot')}"
         ) from error
     return plt
 

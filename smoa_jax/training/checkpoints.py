@@ -301,6 +301,14 @@ class TrainingCheckpoints:
             metrics=record["metrics"],
         )
 
+    def metrics(self, step: int | None = None) -> dict[str, float]:
+        """What was measured at a step (None: the latest), as it was saved.
+
+        Raises:
+            CheckpointError: if there is no such step or its record is damaged.
+        """
+        return self._checked_record(self._known(step))["metrics"]
+
     def read_adapter(self, step: int | None = None) -> tuple[Identity, int, dict[str, np.ndarray]]:
         """The adapter of a checkpoint on the host, by the names of ``adapter_leaves``.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from smoa_jax.checks import how_to_install
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.fused_attention import SplashAttention
 from smoa_jax.sharding.memory import bytes_per_device
@@ -121,5 +122,5 @@ def unused_accelerator(devices: Path = Path("/dev")) -> str:
         return ""
     return (
         f"warning: this machine has {kind} and JAX uses its CPU alone; expected to train on the "
-        f"accelerator: pip install 'smoa-jax[train,{extra}]'{note}, or say JAX_PLATFORMS=cpu"
+        f"accelerator: {how_to_install('train', extra)}{note}, or say JAX_PLATFORMS=cpu"
     )

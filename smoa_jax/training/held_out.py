@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from smoa_jax.adapter.tree import partition
 from smoa_jax.adapter.types import Params
 from smoa_jax.data.build import Data
-from smoa_jax.data.pipeline import ExamplesIndex, eval_batches
+from smoa_jax.data.pipeline import ExamplesIndex, eval_batches, num_eval_batches
 from smoa_jax.evaluation.scoring import Answers, answer_questions
 from smoa_jax.sharding.mesh import put_batch, rows_for_mesh
 from smoa_jax.sharding.processes import batch_share
@@ -22,6 +22,8 @@ from smoa_jax.training.step import Batch, make_eval_step
 
 #: A batch on devices -> (summed loss, target tokens).
 EvalStep = Callable[[Batch], tuple[jax.Array, jax.Array]]
+#: Told how much is done, and of how much.
+Progress = Callable[[int, int], None]
 
 
 def eval_batch_size(config: RunConfig) -> int:
@@ -30,22 +32,42 @@ def eval_batch_size(config: RunConfig) -> int:
     return train.eval_batch_size or train.batch_size // train.accumulate
 
 
-def mean_loss(config: RunConfig, mesh: Mesh, rows: ExamplesIndex, eval_step: EvalStep) -> float:
+def mean_loss(
+    config: RunConfig,
+    mesh: Mesh,
+    rows: ExamplesIndex,
+    eval_step: EvalStep,
+    progress: Progress | None = None,
+) -> float:
     """Loss per target token of all rows, each counted once; NaN if they have no target."""
     index, count = batch_share(mesh)
-    batches = eval_batches(rows, eval_batch_size(config), process_index=index, process_count=count)
-    sums = [eval_step(put_batch(batch, mesh)) for batch in batches]
+    size = eval_batch_size(config)
+    sums = []
+    for batch in eval_batches(rows, size, process_index=index, process_count=count):
+        sums.append(eval_step(put_batch(batch, mesh)))
+        if progress is not None:
+            jax.block_until_ready(sums[-2:-1])  # not the one under way, so no device has to wait
+            progress(len(sums) - 1, num_eval_batches(rows, size))
+    if progress is not None:
+        jax.block_until_ready(sums)
+        progress(len(sums), len(sums))
     total, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
     return total / tokens if tokens else math.nan
 
 
 def held_out_loss(
-    config: RunConfig, loaded: LoadedModel, rows: ExamplesIndex, params: Params
+    config: RunConfig,
+    loaded: LoadedModel,
+    rows: ExamplesIndex,
+    params: Params,
+    progress: Progress | None = None,
 ) -> float:
     """``mean_loss`` of any params, adapted or not."""
     step = jax.jit(make_eval_step(loaded.model, chunk=config.train.loss_chunk))
     trainable, frozen = partition(params)
-    return mean_loss(config, loaded.mesh, rows, lambda batch: step(trainable, frozen, batch))
+    return mean_loss(
+        config, loaded.mesh, rows, lambda batch: step(trainable, frozen, batch), progress
+    )
 
 
 def held_out_answers(
@@ -54,7 +76,7 @@ def held_out_answers(
     data: Data,
     params: Params,
     tokenizer: Any,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Answers:
     """Answers to the first ``evaluation.rows`` held-out questions, as ``evaluation`` says."""
     settings = config.evaluation

@@ -112,7 +112,7 @@ class ProgressReport(contextlib.AbstractContextManager):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
             self._last_line = now
 
-    def resize(self, completed: int, total: int, note: str) -> None:
+    def resize(self, completed: int, total: int, note: str = "") -> None:
         """Show progress towards a total that was not known at the start."""
         self._total = total
         self._bar.update(self._task, total=total)

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +41,7 @@ from smoa_jax.training.environment import (
     record_environment,
     unused_accelerator,
 )
+from smoa_jax.training.facts import facts_at, facts_at_start
 from smoa_jax.training.held_out import held_out_answers, mean_loss
 from smoa_jax.training.loop import OnStep, train
 from smoa_jax.training.metrics import (
@@ -271,7 +271,10 @@ class _Run:
             if self._begun.position is not None:
                 stream.restore(self._begun.position)
                 self._prepared.directory.write_config(self._config)
-            self._writer.write("start", start, {"data": self._data.counts, "steps": steps})
+            facts = facts_at_start(self._config, self._data)
+            self._writer.write(
+                "start", start, {"data": self._data.counts, "steps": steps, "facts": facts}
+            )
             state = self._begun.state
             before = self._before(state)
             stopping = threading.Event()
@@ -279,6 +282,8 @@ class _Run:
                 stop_on_signals(stopping),
                 ProgressReport("training", steps, start=start) as report,
             ):
+                if math.isfinite(before[0]):
+                    report.say(f"step 0: held-out loss {before[0]:.4f}, the base's own")
                 between = BetweenSteps(
                     self._config.train,
                     start=start,
@@ -322,7 +327,7 @@ class _Run:
                 whole_adapter(params),
                 self._config,
                 self._prepared.loaded.base.fingerprint,
-                _facts(self._prepared, step, before[0], between.eval_loss),
+                facts_at(directory.path, step, between.eval_loss),
             )
             adapter = str(directory.adapter)
             loss = between.eval_loss
@@ -407,22 +412,6 @@ class _Run:
         self._writer.write(f"accuracy_{which}", step, values | {"unanswered": score.unanswered})
         self._prepared.directory.write_answers(which, self._data.questions, answers)
         return score.accuracy
-
-
-def _facts(prepared: Prepared, step: int, before: float, after: float) -> dict[str, Any]:
-    """What the README of an adapter says of its training."""
-    config, data = prepared.config, prepared.data
-    files = [Path(name).name for name in config.data.train_files]
-    facts: dict[str, Any] = {
-        "data": f"{describe_data(data).removeprefix('data: ')} ({', '.join(files) or 'generated'})",
-        "steps": f"{step} of {config.train.batch_size} rows of at most {config.data.max_length} "
-        "tokens",
-        "learning rate": config.learning_rate,
-        "seed": config.train.seed,
-    }
-    if math.isfinite(after):
-        facts["held-out loss"] = f"{after:.4f} (the base alone: {before:.4f})"
-    return facts
 
 
 def _to_lower(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ checkpoint is written to a temporary place, so that every reader of adapters is 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from smoa_jax.checkpoint.native.directory import ADAPTER_FILE, save_adapter
 from smoa_jax.checkpoint.native.leaves import attach_leaves
 from smoa_jax.training.checkpoints import TrainingCheckpoints
 from smoa_jax.training.directory import RunDirectory
+from smoa_jax.training.facts import facts_at
 
 
 @contextlib.contextmanager
@@ -67,7 +69,8 @@ def write_checkpoint_adapter(
         ValueError: for a word that is no checkpoint.
     """
     with TrainingCheckpoints(run.checkpoints, identity=None, read_only=True) as checkpoints:
-        identity, _, leaves = checkpoints.read_adapter(_step(checkpoints, checkpoint))
+        identity, step, leaves = checkpoints.read_adapter(_step(checkpoints, checkpoint))
+        loss = checkpoints.metrics(step).get("eval_loss", math.nan)
     settings = run.settings()
     config = SmoaConfig(**identity.adapter_config)
     base = abstract_base(model)
@@ -78,6 +81,7 @@ def write_checkpoint_adapter(
         base_fingerprint=identity.base_fingerprint,
         base_name=settings["model"]["path"],
         template=settings["data"]["template"],
+        facts=facts_at(run.path, step, loss),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from smoa_jax.checks import how_to_install
 from smoa_jax.training.config import TrainConfig
 from smoa_jax.training.directory import RunError
 
@@ -115,6 +116,6 @@ def _library(name: str, asked: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"got {asked} without the library {name}; expected the extra 'track'; pip install "
-            "'smoa-jax[track]', or leave it out"
+            f"got {asked} without the library {name}; expected the extra 'track'; "
+            f"{how_to_install('track')}, or leave it out"
         ) from error

@@ -17,6 +17,7 @@ import yaml
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.tree import apply_smoa
 from smoa_jax.checkpoint.base import load_base
+from smoa_jax.checkpoint.export import merged
 from smoa_jax.checkpoint.export.huggingface import export_huggingface
 from smoa_jax.checkpoint.native.directory import load_adapter, read_adapter, save_adapter
 from smoa_jax.cli import main
@@ -84,11 +85,13 @@ def test_training_shows_its_data_and_its_table_and_what_comes_next(trained):
     text = trained.printed
     summary = json.loads((trained.run / "summary.json").read_text())
     assert "data: 32 rows to train on, 8 held out" in text
-    assert numbers_of(text, "held-out loss") == [
+    assert numbers_of(text, "│ held-out loss") == [
         f"{summary['loss_before']:.4f}",
         f"{summary['loss_after']:.4f}",
     ]
     assert numbers_of(text, "accuracy on 8 held-out rows") == ["0.0%", "100.0%"]
+    base = f"step 0: held-out loss {summary['loss_before']:.4f}, the base's own\n"
+    assert base in text[: text.index("training 120/120")]
     # Two kernels in 2 layers, rank 8 in two blocks: half of (inputs + outputs) * 8 each.
     trained_parameters = 2 * sum((i + o) * 4 for i, o in [(32, 64), (48, 32)])
     assert f"{trained_parameters:,} (" in text
@@ -119,6 +122,18 @@ def test_evaluate_repeats_the_figures_of_the_run_from_the_written_configuration(
     words = [*words[:2], "--adapter_dir", tmp_path / "adapter", "--evaluation.rows", 0]
     text = " ".join(shown(capsys, ["evaluate", *words]).err.split())
     assert "warning: the adapter was trained with the template alpaca, and data.template is" in text
+
+
+def test_evaluate_says_how_far_it_is_beside_what_it_prints(trained, capsys, one_device):
+    words = ["evaluate", "--adapter", trained.run, "--evaluation.batch_size", 4, "--json"]
+    said = shown(capsys, [*words, "--train.eval_batch_size", 4])
+    assert set(json.loads(said.out)) >= {"loss_adapted", "accuracy_adapted"}
+    lines = [line.split("  ")[0] for line in said.err.splitlines()]
+    both = ("base", "adapted")
+    assert lines[-4:] == [
+        *(f"held-out loss, {which} 2/2" for which in both),
+        *(f"answers, {which} 8/8" for which in both),
+    ]
 
 
 def test_evaluate_needs_no_more_than_an_adapter_and_data(trained, capsys, tmp_path, one_device):
@@ -160,6 +175,7 @@ def test_resuming_with_other_settings_says_so_and_writes_them_down(finished, cap
     assert "train.steps" not in text
     assert yaml.safe_load(finished.config.read_text())["optimizer"]["learning_rate"] == 0.05
     assert numbers_of(text, "accuracy on 8 held-out rows") == ["0.0%", "100.0%"]
+    assert read_adapter(finished.adapter).facts["learning rate"] == 0.1  # that it was trained at
 
 
 def test_a_name_on_the_hub_serves_model_and_tokenizer(
@@ -231,7 +247,8 @@ def test_a_conversation_goes_on_from_what_was_said(trained, capsys, tmp_path, mo
         ["red", "sky 1", "blue", "leaf 2", ""],
     ]
     assert {top_k for _, top_k in asked} == {3}
-    assert out.count("blue") == 2
+    # Nobody typed the questions on the screen, so they are shown before their answers.
+    assert out.splitlines() == ["> sky 1", "blue", "> leaf 2", "blue"]
     plain = ["generate", "--model", trained.base, "--prompt", "sky 1", "--system", "red"]
     assert "--system with the template plain" in refusal(capsys, plain)
     both = ["generate", "--model", model, "--prompt", "sky 1", "--chat"]
@@ -317,7 +334,10 @@ def test_the_merged_export_answers_like_the_adapter_in_one_file_or_several(
     assert len(list(output.glob("model-*.safetensors"))) > 1
     arguments = ["generate", "--model", output, "--prompt", "leaf 7", "--max_new_tokens", 6]
     assert shown(capsys, arguments).out == "green\n"
-    shown(capsys, export(trained, output, "--overwrite"))
+    # In float32, as the base is, nothing is rounded, and no table of nothing is shown.
+    text = shown(capsys, export(trained, output, "--overwrite")).out
+    assert "rounding: none" in text
+    assert "rounding / update" not in text
     assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
     assert shown(capsys, arguments).out == "green\n"
 
@@ -343,7 +363,7 @@ def test_a_bf16_export_reports_its_rounding_and_warns_of_a_gentle_adapter(
 
 @pytest.mark.parametrize(("size", "dtype"), [(1e-3, "float32"), (3.0, "bfloat16")])
 def test_a_merged_model_is_in_the_bases_own_dtype_unless_that_loses_the_update(
-    base, capsys, tmp_path, size, dtype
+    base, capsys, tmp_path, monkeypatch, size, dtype
 ):
     own = load_base(base)
     model = export_huggingface(
@@ -362,7 +382,15 @@ def test_a_merged_model_is_in_the_bases_own_dtype_unless_that_loses_the_update(
     known = {"base_fingerprint": stored.fingerprint, "base_name": "organisation/tiny"}
     adapter = save_adapter(params, config, tmp_path / "adapter", **known)
     words = ["export", "--model", model, "--adapter", adapter, "--output"]
+    formed = []
+    for name in ("merge_layer", "layer_loss"):
+        function = getattr(merged, name)
+        monkeypatch.setattr(
+            merged, name, lambda *a, of=function, name=name: formed.append(name) or of(*a)
+        )
     text = shown(capsys, [*words, tmp_path / "merged"]).out
+    # Of each layer once to decide, and once to write.
+    assert formed == ["layer_loss"] * 2 + ["merge_layer"] * 2
     count = sum(leaf.size for leaf in jax.tree.leaves(own.params))
     assert f"writing {count:,} parameters in {dtype}, " in text
     assert ("would disturb the update of layers.self_attn.q_proj" in text) == (dtype == "float32")
@@ -382,6 +410,24 @@ def test_a_merged_model_is_in_the_bases_own_dtype_unless_that_loses_the_update(
         "base_model": "organisation/tiny",
         "library_name": "peft",
     }
+
+
+def test_every_export_says_of_the_training_what_the_adapter_says(trained, capsys, tmp_path):
+    def table(directory):
+        lines = (directory / "README.md").read_text().splitlines()
+        return [line for line in lines if line.startswith("| ")]
+
+    said = table(trained.adapter)
+    for name in ("data", "rows of a step", "learning rate", "seed", "steps", "held-out loss"):
+        assert any(line.startswith(f"| {name} | ") for line in said), name
+    for kind in ("huggingface", "orbax", "peft"):
+        shown(capsys, export(trained, tmp_path / kind, "--format", kind))
+        assert table(tmp_path / kind) == said
+    # Of another checkpoint, its own: it has as many steps, and nothing was measured after them.
+    shown(capsys, export(trained, tmp_path / "half", "--format", "peft", "--checkpoint", 60))
+    whole = [line for line in said if "held-out loss" not in line]
+    half = ["| steps | 60 |" if line == "| steps | 120 |" else line for line in whole]
+    assert table(tmp_path / "half") == half != whole
 
 
 def test_an_adapter_that_goes_to_peft_and_back_answers_the_same(trained, capsys, tmp_path):

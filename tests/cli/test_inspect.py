@@ -151,6 +151,15 @@ def test_json_is_all_that_is_printed_and_counts_as_the_run_did(trained, lora, ca
     assert said["compared"]["trained_parameters"] == said["trained_parameters"]
 
 
+def test_how_far_it_is_goes_to_standard_error(trained, capsys):
+    capsys.readouterr()
+    words = ["--model", str(trained.base), "--adapter", str(trained.run), "--json"]
+    assert main(["inspect", *words]) == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["updates"]) == 4
+    assert said.err.startswith("spectra of updates 4/4")
+
+
 def test_a_plot_compares_two_adapters_under_their_methods_names(
     trained, lora, capsys, tmp_path, monkeypatch
 ):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from smoa_jax.cli import main
 from smoa_jax.sharding import mesh
 from smoa_jax.training import model as run_model
 from tests.cli.damage import make_another_base
@@ -183,11 +184,32 @@ def test_a_command_refuses_what_it_cannot_do(trained, tmp_path, capsys, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_upload_without_a_token_says_so_before_anything_else(trained, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    capsys.readouterr()
+    assert main(["upload", "--directory", str(trained.run), "--name", "me/mine"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "got no token of the hub" in said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["train", "--train.step", "5"], ["--train.step", "did you mean --train.steps?"]),
         (["generate", "--max_new_token", "3"], ["did you mean --max_new_tokens?"]),
+        (
+            ["generate", "--train.steps", "3"],
+            ["got --train.steps, an option of smoa train; expected one of smoa generate's; see"],
+        ),
+        (
+            ["train", "--max_new_tokens=3"],
+            ["an option of smoa generate; expect", "did you mean --evaluation.max_new_tokens?"],
+        ),
+        (
+            ["upload", "--checkpoint", "best"],
+            ["an option of smoa evaluate, smoa generate, smoa export, smoa inspect; expected"],
+        ),
         (["train", "--model", "model.gguf"], ["got --model,", "did you mean --model.path?"]),
         (["generate", "--model.path", "M", "--prompt", "a"], ["did you mean --model?"]),
         (["evaluate", "--adapter", "runs/nope"], ["runs/nope", "does not exist"]),

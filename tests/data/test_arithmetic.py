@@ -155,5 +155,5 @@ def test_reasoning_gym_refuses_unknown_tasks_and_settings():
 
 def test_without_the_extra_reasoning_gym_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match=r"pip install 'smoa-jax\[reasoning\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[reasoning\]'"):
         reasoning_rows("chain_sum", {}, train_rows=1, eval_rows=0, seed=0)

@@ -70,5 +70,5 @@ def test_what_cannot_be_had_is_one_line(smollm2, repository, changes):
 
 def test_a_missing_library_names_its_extra(smollm2, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'smoa-jax\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[data\]'"):
         build_data(DataConfig(hub=HubConfig(name="a/b")), smollm2)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from smoa_jax.data.packing import plan_rows
-from smoa_jax.data.pipeline import ExamplesIndex, TrainStream, epoch_order, eval_batches
+from smoa_jax.data.pipeline import (
+    ExamplesIndex,
+    TrainStream,
+    epoch_order,
+    eval_batches,
+    num_eval_batches,
+)
 
 LAYOUTS = [{}, {"pack": True}, {"buckets": (4, 6)}]
 
@@ -177,6 +183,7 @@ def test_evaluation_sees_every_row_once_and_fills_up_with_nothing(make_index, la
     lengths = index.examples.lengths
     assert sum(batch["loss_mask"].sum() for batch in batches) == (lengths - 1).sum()
     assert {len(batch["tokens"]) for batch in batches} == {4}
+    assert num_eval_batches(index, 4) == len(batches)
 
 
 def test_evaluation_slices_join_to_the_global_batches(make_index):

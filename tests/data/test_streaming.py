@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 
+from smoa_jax.data import identity
 from smoa_jax.data.build import build_data
 from smoa_jax.data.config import DataConfig, HubConfig
 from smoa_jax.data.packing import make_batch, plan_rows
@@ -165,6 +166,18 @@ def test_lines_are_found_by_their_offsets(files):
         records[30]
     with pytest.raises(ValueError, match=r"got data file .*a\.json to stream; expected"):
         JsonLines([files / "a.json"])
+
+
+def test_streamed_files_are_read_once_before_a_run_and_known_by_their_content(
+    smollm2, files, monkeypatch
+):
+    hashed = []
+    digest = identity._file_digest
+    monkeypatch.setattr(identity, "_file_digest", lambda name: hashed.append(name) or digest(name))
+    config = config_of(files)
+    data = build_data(config, smollm2)
+    assert hashed == list(config.eval_files)
+    assert data.identity["train_files"] == [[name, digest(name)] for name in config.train_files]
 
 
 def test_rows_are_dropped_for_what_they_are_and_counted(smollm2, files):

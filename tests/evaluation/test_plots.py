@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,14 @@ from smoa_jax.evaluation.plots import PlottedAdapter, load_pyplot, plot_spectra
 
 NAMES = ("layers.self_attn.q_proj", "layers.self_attn.k_proj", "layers.mlp.up_proj", "lm_head")
 SIZE = 40
+
+
+def test_a_missing_library_is_said_with_what_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        ImportError, match=r"the extra 'plot'; pip install '\.\[plot\]' in the repo"
+    ):
+        load_pyplot()
 
 
 def adapter(label, rank, *, names=NAMES, full=False, zero=False, ranks=None):

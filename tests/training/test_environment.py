@@ -64,9 +64,9 @@ def test_attention_goes_by_the_name_that_a_configuration_gives_it():
     [
         ([], []),
         (["null", "vfio/vfio"], []),
-        (["nvidiactl"], ["an NVIDIA GPU", "smoa-jax[train,cuda13]", "cuda12"]),
-        (["accel0"], ["a TPU", "smoa-jax[train,tpu]"]),
-        (["vfio/0"], ["a TPU", "smoa-jax[train,tpu]"]),
+        (["nvidiactl"], ["an NVIDIA GPU", "'.[train,cuda13]' in the repo", "cuda12"]),
+        (["accel0"], ["a TPU", "'.[train,tpu]'"]),
+        (["vfio/0"], ["a TPU", "'.[train,tpu]'"]),
     ],
 )
 def test_an_accelerator_that_is_not_used_is_told_with_the_remedy(

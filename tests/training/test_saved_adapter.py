@@ -78,6 +78,23 @@ def test_the_last_checkpoint_holds_the_adapter_of_the_finished_run(base_dir, fin
             assert directory == output / "adapter"
 
 
+def test_an_adapter_of_a_checkpoint_says_how_it_was_trained_until_then(base_dir, finished):
+    output, _ = finished
+    said = {}
+    for checkpoint in ("best", "last"):
+        with adapter_directory(output, checkpoint, str(base_dir)) as directory:
+            said[checkpoint] = read_adapter(directory).facts
+            assert (
+                f"| steps | {said[checkpoint]['steps']} |" in (directory / "README.md").read_text()
+            )
+    known = read_adapter(output / "adapter").facts
+    assert known["held-out loss"] == "2.5000 (the base alone: 9.0000)"
+    assert said["last"] == known
+    own = {"steps": 4, "held-out loss": "1.0000 (the base alone: 9.0000)"}
+    assert said["best"] == known | own
+    assert {"data", "rows of a step", "learning rate", "seed"} < set(known)
+
+
 def test_what_is_not_there_is_refused(base_dir, finished, tmp_path):
     output, _ = finished
     with (

@@ -129,6 +129,6 @@ def test_the_real_library_takes_what_it_is_given(tmp_path, monkeypatch):
 def test_a_missing_library_is_told_before_a_run_begins(tmp_path, monkeypatch, library, changes):
     settings = TrainConfig(output_dir=str(tmp_path), **changes)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=rf"{library}; .*pip install 'smoa-jax\[track\]'"):
+    with pytest.raises(ImportError, match=rf"{library}; .*pip install '\.\[track\]'"):
         check_trackers(settings)
     check_trackers(TrainConfig(output_dir=str(tmp_path)))

@@ -50,7 +50,7 @@ class MergedReader:
         base: Whose weights are read.
         params: The adapter beside an abstract base (``open_adapter``), on the host.
         config: The adapter's.
-        rounded_to: Dtype whose rounding loss is kept account of, for ``report``.
+        rounded_to: Dtype whose rounding loss is kept account of, for ``report``; None: of none.
         cache_dir: Where spectral bands are kept between uses; None: nowhere.
     """
 
@@ -60,11 +60,11 @@ class MergedReader:
         params: Params,
         config: SmoaConfig,
         *,
-        rounded_to: Any = jnp.float32,
+        rounded_to: Any = None,
         cache_dir: Path | None = None,
     ):
         self._base, self._config = base, config
-        self._rounded_to, self._cache_dir = jnp.dtype(rounded_to), cache_dir
+        self._rounded_to, self._cache_dir = rounded_to, cache_dir
         self._modulations: dict[TreePath, tuple[str, Modulation]] = {}
         for name, (path, node, key) in find_modulations(params).items():
             # Stored nowhere, an adapter's bands are abstract here; each layer's are made for it.
@@ -88,15 +88,12 @@ class MergedReader:
         slot = self._base.slots.get(name)
         if slot is None or slot.path not in self._modulations:
             return self._base.reader.read(name, index)
-        merged, sums = self._merge(self._layer(slot))
-        found = self._modulations[slot.path][0]
-        self._sums[found] = self._sums.get(found, np.zeros(3)) + sums
+        layer = self._layer(slot)
+        if self._rounded_to is not None:
+            self._account(layer, self._rounded_to)
+        with jax.default_device(self._cpu):
+            merged = np.asarray(merge_layer(layer.weight, layer.modulation))
         return (merged.T if slot.transpose else merged)[index]
-
-    @property
-    def adapted(self) -> set[TreePath]:
-        """Paths of the kernels that the adapter changes."""
-        return set(self._modulations)
 
     def ends(self, name: str, size: int) -> tuple[bytes, bytes]:
         """The ends of the base's own tensor."""
@@ -112,6 +109,13 @@ class MergedReader:
             for slot in slots[path]:
                 if wanted is None or (slot.number or 0) in wanted.get(name, ()):
                     yield self._layer(slot)
+
+    def measure(self, dtype: Any) -> dict[str, MergeLoss]:
+        """What rounding to ``dtype`` would lose of each adapted kernel; none is merged."""
+        self._sums.clear()
+        for layer in self.layers():
+            self._account(layer, dtype)
+        return self.report()
 
     def report(self) -> dict[str, MergeLoss]:
         """What rounding has lost of the kernels read so far, by dotted module path."""
@@ -142,8 +146,8 @@ class MergedReader:
         check_bands(np.asarray(node.norms), BandParts(**found), where)
         return dataclasses.replace(node, bands=found["bands"])
 
-    def _merge(self, layer: AdaptedLayer) -> tuple[np.ndarray, np.ndarray]:
+    def _account(self, layer: AdaptedLayer, dtype: Any) -> None:
         with jax.default_device(self._cpu):
-            merged = merge_layer(layer.weight, layer.modulation)
-            sums = layer_loss(layer.weight, layer.modulation, self._rounded_to)
-            return np.asarray(merged), np.asarray(sums, np.float64)
+            sums = layer_loss(layer.weight, layer.modulation, jnp.dtype(dtype))
+        known = self._sums.get(layer.name, np.zeros(3))
+        self._sums[layer.name] = known + np.asarray(sums, np.float64)

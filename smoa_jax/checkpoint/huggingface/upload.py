@@ -17,21 +17,11 @@ _KINDS = {
 }
 
 
-def upload(directory: str | Path, name: str, *, private: bool = True, message: str = "") -> str:
-    """Uploads every file of a directory, into a repository that is made if there is none.
-
-    Args:
-        directory: An adapter's, or one that an export wrote.
-        name: ``organisation/name`` on the hub.
-        private: Of a repository that is made; one that exists stays as it is.
-        message: Of the commit; empty: says what was uploaded.
-
-    Returns:
-        Where it can be looked at.
+def check_upload(directory: str | Path, name: str) -> str:
+    """What a directory is, such as ``"an adapter"``; nothing is asked of the hub.
 
     Raises:
-        CheckpointError: for another directory or name; without a token, the right to write, or a
-            connection.
+        CheckpointError: for another directory or name, or without a token.
     """
     directory = Path(directory).expanduser()
     kinds = [what for file, what in _KINDS.items() if (directory / file).is_file()]
@@ -48,7 +38,7 @@ def upload(directory: str | Path, name: str, *, private: bool = True, message: s
         "organisation/name, as the hub has it",
         "begin it with your account's name",
     )
-    from huggingface_hub import HfApi, errors, get_token
+    from huggingface_hub import get_token
 
     require(
         get_token() is not None,
@@ -56,13 +46,35 @@ def upload(directory: str | Path, name: str, *, private: bool = True, message: s
         "an account that may write",
         "run `hf auth login`, or set HF_TOKEN",
     )
+    return kinds[0]
+
+
+def upload(directory: str | Path, name: str, *, private: bool = True, message: str = "") -> str:
+    """Uploads every file of a directory, into a repository that is made if there is none.
+
+    Args:
+        directory: An adapter's, or one that an export wrote.
+        name: ``organisation/name`` on the hub.
+        private: Of a repository that is made; one that exists stays as it is.
+        message: Of the commit; empty: says what was uploaded.
+
+    Returns:
+        Where it can be looked at.
+
+    Raises:
+        CheckpointError: as ``check_upload``; without the right to write, or a connection.
+    """
+    what = check_upload(directory, name)
+    directory = Path(directory).expanduser()
+    from huggingface_hub import HfApi, errors
+
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=name,
             folder_path=directory,
-            commit_message=message or f"Upload {kinds[0]} made with smoa_jax",
+            commit_message=message or f"Upload {what} made with smoa_jax",
         )
     except errors.HfHubHTTPError as error:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
     adapter.safetensors   layers/self_attn/q_proj/a, .../b, .../in_block, ...  as in the tree
     adapter.json          format version, adapter config, base fingerprint and name, prompt
-                          template, counts, SHA-256 of the other file
+                          template, counts, SHA-256 of the other file, facts of its training
     README.md             for people; nothing reads it
 
 Tensors are stored as the tree holds them, padding included, so that they come back bit for bit.
@@ -56,7 +56,7 @@ _FIELDS = {
     "num_base": int,
     "sha256": str,
 }
-_OPTIONAL = {"template": ""}
+_OPTIONAL = {"template": "", "facts": {}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,12 @@ class AdapterDescription:
     num_base: int
     sha256: str  # of the tensors' file
     template: str = ""  # that prompts were put into for training; empty: not said
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of its training, by name
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What a README says of it beside its settings."""
+        return {"trained parameters": f"{self.num_trained:,}", **self.facts}
 
 
 def save_adapter(
@@ -96,7 +102,7 @@ def save_adapter(
             ``smoa_jax.adapter.fingerprint`` for a base that came from no file.
         base_name: For people; not checked.
         template: Name of the prompt template of its training, for who generates with it.
-        facts: For its README, by name: data, settings, losses.
+        facts: For its README and those of its exports, by name, plain JSON: data, settings, losses.
         overwrite: Replace an adapter; any other occupied directory is refused still.
 
     Returns:
@@ -120,6 +126,7 @@ def save_adapter(
         "num_trained": count_trainable(base, config),
         "num_base": sum(leaf.size for leaf in jax.tree.leaves(base)),
         "sha256": hashlib.sha256(content).hexdigest(),
+        **({"facts": dict(facts)} if facts else {}),
     }
     target = Path(directory).expanduser()
     with replaced_directory(
@@ -128,7 +135,7 @@ def save_adapter(
         (draft / TENSORS_FILE).write_bytes(content)
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (draft / ADAPTER_FILE).write_text(text, encoding="utf-8")
-        said = {"trained parameters": f"{description['num_trained']:,}", **(facts or {})}
+        said = read_adapter(draft).said
         card = model_card("adapter", config, base_name=base_name, facts=said)
         (draft / CARD_FILE).write_text(card, encoding="utf-8")
     return target

@@ -67,6 +67,7 @@ def export_peft(
     *,
     base_model_name: str,
     hf_module_name: ModuleName = decoder_module_name,
+    facts: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as ``PeftModel.from_pretrained`` opens it.
@@ -81,6 +82,7 @@ def export_peft(
         hf_module_name: Names of the modules as PEFT will see them: ``module_naming(hf_config)``
             for the decoder of a multimodal model, a function of your own for another tree. A
             stacked kernel needs one name per layer.
+        facts: For its README, by name, such as ``read_adapter(directory).said``.
         overwrite: Replace an exported adapter; any other occupied directory is refused still.
 
     Returns:
@@ -115,7 +117,7 @@ def export_peft(
         fields = {"base_model_name_or_path": base_model_name, **fields}
         text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
         (draft / PEFT_CONFIG_FILE).write_text(text, encoding="utf-8")
-        card = model_card("peft", config, base_name=base_model_name)
+        card = model_card("peft", config, base_name=base_model_name, facts=facts)
         (draft / CARD_FILE).write_text(card, encoding="utf-8")
     return target
 

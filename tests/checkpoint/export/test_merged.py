@@ -77,6 +77,7 @@ def test_what_is_exported_from_disk_is_what_is_exported_from_memory(
         assert memory == disk, name
     expected = merge_report(params, dtype)
     got = reader.report()
+    assert MergedReader(stored, found, config).measure(dtype) == got
     assert list(got) == list(expected)
     for name, loss in expected.items():
         for field in dataclasses.fields(loss):

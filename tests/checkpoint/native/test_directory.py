@@ -107,6 +107,18 @@ def test_factors_keep_the_dtype_they_were_saved_in(tmp_path):
     assert_same(loaded, params)
 
 
+def test_facts_of_a_training_come_back_and_leave_no_trace_where_there_are_none(tmp_path):
+    facts = {"steps": 12, "learning rate": 3e-4, "data": "rows.jsonl"}
+    directory = save(tmp_path / "told", facts=facts)
+    assert read_adapter(directory).facts == facts
+    assert "| learning rate | 0.0003 |" in (directory / "README.md").read_text()
+    plain = save(tmp_path / "plain") / "adapter.json"
+    record = json.loads((directory / "adapter.json").read_text())
+    assert record.pop("facts") == facts
+    assert plain.read_text() == json.dumps(record, indent=2) + "\n"
+    assert read_adapter(plain.parent).facts == {}
+
+
 def test_a_file_holds_neither_the_base_nor_the_bands(tmp_path):
     directory = save(tmp_path / "adapter", "bands")
     tensors = load_file(directory / "adapter.safetensors")
