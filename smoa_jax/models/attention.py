@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.layers import Linear, RMSNorm, soft_cap
-from smoa_jax.models.rope import RopeTables, apply_rope
+from smoa_jax.models.rope import RopeTables, apply_rope, turned_where
 
 #: Called on activations with the logical name of each axis; returns them, perhaps constrained.
 Constrain: TypeAlias = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -159,6 +159,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCaches | None]:
         config = self.config
         rope, mask = context.of_layer(local)
+        if config.rope_layers:
+            rope = turned_where(jnp.asarray(config.rope_layers)[layer], rope)
         query = self._heads(x, "q_proj", config.num_heads)
         key = self._heads(x, "k_proj", config.num_kv_heads)
         value = self._heads(x, "v_proj", config.num_kv_heads)
@@ -181,11 +183,16 @@ class SelfAttention(nn.Module):
         attended = self.constrain(attended, ("batch", "time", "heads", "head_dim"))
         width = config.num_heads * config.head_dim
         flat = attended.reshape((*attended.shape[:2], width))
-        return Linear(width, config.embed_dim, name="o_proj")(flat), caches
+        bias = config.attention_bias == "all"
+        return Linear(width, config.embed_dim, bias=bias, name="o_proj")(flat), caches
 
     def _heads(self, x: jax.Array, name: str, count: int) -> Float[Array, "B T N H"]:
-        head_dim = self.config.head_dim
-        flat = Linear(self.config.embed_dim, count * head_dim, name=name)(x)
+        config, head_dim = self.config, self.config.head_dim
+        bias = config.attention_bias != "none"
+        flat = Linear(config.embed_dim, count * head_dim, bias=bias, name=name)(x)
+        if config.wide_qk_norm and name != "v_proj":
+            norm = (count * head_dim, config.norm_epsilon, config.norm_offset)
+            flat = RMSNorm(*norm, name=name.replace("proj", "norm"))(flat)
         return flat.reshape((*flat.shape[:2], count, head_dim))
 
 

@@ -6,15 +6,17 @@ The params tree bears Hugging Face's names, every layer leaf with a leading axis
     embed_tokens/embedding                         [V, D]
     layers/input_layernorm/scale                   [L, D]
     layers/self_attn/{q,k,v,o}_proj/kernel         [L, I, O]   (+ smoa beside it, when adapted)
-    layers/self_attn/{q,k}_norm/scale              [L, H]      (Gemma 3)
+    layers/self_attn/{q,k,v,o}_proj/bias           [L, O]      (Qwen 2: not o_proj's)
+    layers/self_attn/{q,k}_norm/scale              [L, H]      (Gemma 3, Qwen 3; OLMo 2: [L, O])
     layers/post_attention_layernorm/scale          [L, D]
-    layers/{pre,post}_feedforward_layernorm/scale  [L, D]      (Gemma 2 and 3)
-    layers/mlp/{gate,up,down}_proj/kernel          [L, I, O]
+    layers/{pre,post}_feedforward_layernorm/scale  [L, D]      (Gemma 2 and 3; OLMo 2: post alone)
+    layers/mlp/{gate,up,down}_proj/kernel          [L, I, O]   (+ bias [L, O], where Llama has it)
     norm/scale                                     [D]
     lm_head/kernel                                 [D, V]      (absent when tied)
 
 Hugging Face calls two norms ``post_attention_layernorm``: Llama's and Gemma 1's stands before the
-feed-forward layer, Gemma 2's and 3's on what attention gives; the tree keeps its word.
+feed-forward layer, Gemma 2's and 3's and OLMo 2's on what attention gives; the tree keeps its word.
+OLMo 2 has no norms but those on what attention and feed-forward give, so no ``input_layernorm``.
 
 Compile time does not grow with depth, and what differs from layer to layer is scanned data, never
 another stack. Rematerialisation is a policy chosen by name; none of them keeps an array of a
@@ -85,11 +87,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         outer, inner = self.config.embed_dim, self.config.mlp_dim
-        gate = Linear(outer, inner, name="gate_proj")(x)
-        up = Linear(outer, inner, name="up_proj")(x)
+        bias = self.config.mlp_bias
+        gate = Linear(outer, inner, bias=bias, name="gate_proj")(x)
+        up = Linear(outer, inner, bias=bias, name="up_proj")(x)
         product = ACTIVATION_FUNCTIONS[self.config.activation](gate) * up
         product = self.constrain(product, ("batch", "time", "mlp"))
-        return Linear(inner, outer, name="down_proj")(product)
+        return Linear(inner, outer, bias=bias, name="down_proj")(product)
 
 
 class DecoderLayer(nn.Module):
@@ -111,12 +114,13 @@ class DecoderLayer(nn.Module):
         config, constrain = self.config, self.constrain
         before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
         change, caches = SelfAttention(config, constrain, self.fused, name="self_attn")(
-            self._norm(x, "input"), context, layer, local, caches
+            self._norm(x, "input") if config.pre_norms else x, context, layer, local, caches
         )
         if config.post_norms:
             change = self._norm(change, "post_attention")
         x = constrain(x + change, ("batch", "time", "embed"))
-        change = MLP(config, constrain, name="mlp")(self._norm(x, before_mlp))
+        normed = self._norm(x, before_mlp) if config.pre_norms else x
+        change = MLP(config, constrain, name="mlp")(normed)
         if config.post_norms:
             change = self._norm(change, "post_feedforward")
         return (constrain(x + change, ("batch", "time", "embed")), caches), None

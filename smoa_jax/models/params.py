@@ -33,6 +33,9 @@ def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Pa
     if config.qk_norm:
         attention["q_norm"] = leaf("scale", layers, config.head_dim)
         attention["k_norm"] = leaf("scale", layers, config.head_dim)
+    if config.wide_qk_norm:
+        attention["q_norm"] = leaf("scale", layers, query)
+        attention["k_norm"] = leaf("scale", layers, key_value)
     stack = {
         "input_layernorm": leaf("scale", layers, embed),
         "self_attn": attention,
@@ -46,6 +49,12 @@ def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Pa
     if config.post_norms:
         stack["pre_feedforward_layernorm"] = leaf("scale", layers, embed)
         stack["post_feedforward_layernorm"] = leaf("scale", layers, embed)
+    if not config.pre_norms:
+        del stack["input_layernorm"], stack["pre_feedforward_layernorm"]
+    biased = {"none": (), "qkv": "qkv", "all": "qkvo"}[config.attention_bias]
+    modules = [attention[f"{name}_proj"] for name in biased]
+    for module in [*modules, *(stack["mlp"].values() if config.mlp_bias else ())]:
+        module.update(leaf("bias", layers, module["kernel"].shape[-1]))
     tree: dict[str, Any] = {
         "embed_tokens": leaf("embedding", config.vocab_size, embed),
         "layers": stack,
@@ -57,7 +66,7 @@ def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Pa
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
-    """Draw random parameters: norms scaling by one, the rest normal with variance 1 / inputs.
+    """Draw random parameters: norms by one, biases 0, the rest normal with variance 1 / inputs.
 
     A leaf's draw depends on the key and its own path alone.
     """
@@ -66,6 +75,8 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: DTypeLike = jnp.fl
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("scale"):
             return jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
         inputs = leaf.shape[-1] if name.endswith("embedding") else leaf.shape[-2]
         own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         normal = jax.random.normal(own_key, leaf.shape, jnp.float32)

@@ -32,6 +32,9 @@ DECODER_RULES: Rules = {
     r"layers/mlp/(gate|up)_proj/kernel": "-, fsdp, tensor",
     r"layers/self_attn/o_proj/kernel": "-, tensor, fsdp",
     r"layers/mlp/down_proj/kernel": "-, tensor, fsdp",
+    r"layers/self_attn/[qkv]_proj/bias": "-, tensor",
+    r"layers/mlp/(gate|up)_proj/bias": "-, tensor",
+    r"layers/(self_attn/o|mlp/down)_proj/bias": "-, fsdp",
     r"(.*/)?(norm|\w+norm)/scale": "replicate",
     r"lm_head/kernel": "fsdp, tensor",
 }

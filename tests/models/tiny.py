@@ -56,6 +56,15 @@ FAMILIES = {
         local_rope_base=100.0,
         rope_scaling=RopeScaling(kind="linear", factor=8.0),
     ),
+    "mistral": dataclasses.replace(CONFIG, local_layers=(True,) * 3, sliding_window=4, head_dim=6),
+    "qwen2": dataclasses.replace(
+        CONFIG, attention_bias="qkv", local_layers=(False, False, True), sliding_window=3
+    ),
+    "qwen3": dataclasses.replace(CONFIG, qk_norm=True, tie_embeddings=True, head_dim=8),
+    "smollm3": dataclasses.replace(
+        CONFIG, rope_layers=(True, False, True), attention_bias="all", mlp_bias=True
+    ),
+    "olmo2": dataclasses.replace(CONFIG, pre_norms=False, post_norms=True, wide_qk_norm=True),
 }
 
 
