@@ -89,6 +89,8 @@ def params_of(decoder: DecoderConfig, seed: int = 0) -> dict[str, Any]:
         if "scale" in str(path[-1]):
             offset = decoder.norm_offset
             return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) - offset, jnp.float32)
+        if "bias" in str(path[-1]):  # small, or they would drown what the tokens say
+            return jnp.asarray(rng.normal(scale=0.2, size=leaf.shape), jnp.float32)
         inputs = leaf.shape[-1 if "embedding" in str(path[-1]) else -2]
         return jnp.asarray(rng.normal(scale=inputs**-0.5, size=leaf.shape), jnp.float32)
 
