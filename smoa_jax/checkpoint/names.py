@@ -58,9 +58,10 @@ class TensorSlot:
 
 
 def _layer_rule(module: str, gguf_module: str, leaf: str) -> NameRule:
+    ending = "bias" if leaf == "bias" else "weight"
     return NameRule(
-        name=f"model.layers.{{layer}}.{module}.weight",
-        gguf_name=f"blk.{{layer}}.{gguf_module}.weight",
+        name=f"model.layers.{{layer}}.{module}.{ending}",
+        gguf_name=f"blk.{{layer}}.{gguf_module}.{ending}",
         path=(LAYERS_KEY, *module.split("."), leaf),
         transpose=leaf == "kernel",
     )
@@ -93,14 +94,21 @@ def name_rules(*, post_norms: bool) -> tuple[NameRule, ...]:
         _layer_rule("self_attn.q_proj", "attn_q", "kernel"),
         _layer_rule("self_attn.k_proj", "attn_k", "kernel"),
         _layer_rule("self_attn.v_proj", "attn_v", "kernel"),
+        _layer_rule("self_attn.q_proj", "attn_q", "bias"),
+        _layer_rule("self_attn.k_proj", "attn_k", "bias"),
+        _layer_rule("self_attn.v_proj", "attn_v", "bias"),
         _layer_rule("self_attn.q_norm", "attn_q_norm", "scale"),
         _layer_rule("self_attn.k_norm", "attn_k_norm", "scale"),
         _layer_rule("self_attn.o_proj", "attn_output", "kernel"),
+        _layer_rule("self_attn.o_proj", "attn_output", "bias"),
         _layer_rule("post_attention_layernorm", after_attention, "scale"),
         *((before_mlp,) if post_norms else ()),
         _layer_rule("mlp.gate_proj", "ffn_gate", "kernel"),
         _layer_rule("mlp.up_proj", "ffn_up", "kernel"),
         _layer_rule("mlp.down_proj", "ffn_down", "kernel"),
+        _layer_rule("mlp.gate_proj", "ffn_gate", "bias"),
+        _layer_rule("mlp.up_proj", "ffn_up", "bias"),
+        _layer_rule("mlp.down_proj", "ffn_down", "bias"),
         *((after_mlp,) if post_norms else ()),
         _layer_rule("per_layer_input_gate", "inp_gate", "kernel"),
         _layer_rule("per_layer_projection", "proj", "kernel"),

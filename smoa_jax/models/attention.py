@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.layers import Linear, RMSNorm, soft_cap, unit_rms
-from smoa_jax.models.rope import RopeTables, apply_rope
+from smoa_jax.models.rope import RopeTables, apply_rope, turned_where
 from smoa_jax.models.stacks import LayerShape
 
 #: Called on activations with the logical name of each axis; returns them, perhaps constrained.
@@ -180,9 +180,11 @@ class SelfAttention(nn.Module):
         """
         config, head_dim = self.config, self.shape.head_dim
         rope, mask = context.of_layer(local)
+        if config.rope_layers:
+            rope = turned_where(jnp.asarray(config.rope_layers)[layer], rope)
         query = self._heads(x, "q_proj", config.num_heads)
         if config.qk_norm:
-            query = self._norm(query, "q_norm")
+            query = self._norm(query, "q_norm", head_dim)
         query = self.constrain(apply_rope(query, rope), ("batch", "time", "heads", "head_dim"))
         if self.shape.shares_kv:
             assert shared is not None
@@ -202,7 +204,8 @@ class SelfAttention(nn.Module):
         attended = self.constrain(attended, ("batch", "time", "heads", "head_dim"))
         width = config.num_heads * head_dim
         flat = attended.reshape((*attended.shape[:2], width))
-        change = Linear(width, config.embed_dim, name="o_proj")(flat)
+        bias = config.attention_bias == "all"
+        change = Linear(width, config.embed_dim, bias=bias, name="o_proj")(flat)
         return change, caches, (key, value)
 
     def _keys_values(self, x: jax.Array, rope: RopeTables) -> KeysValues:
@@ -212,16 +215,19 @@ class SelfAttention(nn.Module):
         if config.value_norm:
             value = unit_rms(value, config.norm_epsilon).astype(value.dtype)
         if config.qk_norm:
-            key = self._norm(key, "k_norm")
+            key = self._norm(key, "k_norm", self.shape.head_dim)
         return apply_rope(key, rope), value
 
-    def _norm(self, x: jax.Array, name: str) -> Float[Array, "B T N H"]:
+    def _norm(self, x: Float[Array, "... D"], name: str, size: int) -> Float[Array, "... D"]:
         config = self.config
-        return RMSNorm(self.shape.head_dim, config.norm_epsilon, config.norm_offset, name=name)(x)
+        return RMSNorm(size, config.norm_epsilon, config.norm_offset, name=name)(x)
 
     def _heads(self, x: jax.Array, name: str, count: int) -> Float[Array, "B T N H"]:
-        head_dim = self.shape.head_dim
-        flat = Linear(self.config.embed_dim, count * head_dim, name=name)(x)
+        config, head_dim = self.config, self.shape.head_dim
+        bias = config.attention_bias != "none"
+        flat = Linear(config.embed_dim, count * head_dim, bias=bias, name=name)(x)
+        if config.wide_qk_norm and name != "v_proj":
+            flat = self._norm(flat, name.replace("proj", "norm"), count * head_dim)
         return flat.reshape((*flat.shape[:2], count, head_dim))
 
 

@@ -16,6 +16,16 @@ soft caps                  none      none          both          none
 ``local_layers``           none      none          every other   five of six, own RoPE base
 =========================  ========  ============  ============  ===========================
 
+Llama's neighbours differ from it in one or two things each:
+
+=========================  ======================================================================
+Mistral                    ``local_layers``: all or none
+Qwen 2, 2.5                ``attention_bias`` "qkv"; the upper layers may be local
+Qwen 3                     ``qk_norm``; ``attention_bias`` "all" and local layers may be there
+SmolLM3                    ``rope_layers``: three of four; Llama's biases may be there
+OLMo 2                     ``pre_norms`` off, ``post_norms`` on; ``wide_qk_norm``
+=========================  ======================================================================
+
 Gemma 4 is a Gemma 3 with ``norm_offset`` 0 and ``query_scale`` 1 whose global layers may have heads
 of their own shape (``global_head_dim``, ``num_global_kv_heads``, ``global_keys_as_values``), whose
 last layers may read the keys and values of earlier ones (``num_kv_shared_layers``), and all of
@@ -33,6 +43,8 @@ from smoa_jax.checks import require
 
 #: Names of the feed-forward activations that ``layers.py`` knows.
 ACTIVATIONS = ("silu", "gelu_tanh")
+#: Which projections of attention may have a bias: none; queries, keys and values; the output too.
+ATTENTION_BIASES = ("none", "qkv", "all")
 #: Kinds of rotary scaling that ``rope.py`` knows.
 ROPE_SCALING_KINDS = ("none", "linear", "llama3", "proportional")
 
@@ -118,6 +130,13 @@ class DecoderConfig:
         post_norms: Whether the outputs of attention and feed-forward have norms of their own.
         qk_norm: Whether queries and keys are normed, head by head, before they are turned.
         query_scale: Factor of the attention scores; 0 for ``head_dim ** -0.5``.
+        attention_bias: Which projections of attention have a bias: one of ``ATTENTION_BIASES``.
+        mlp_bias: Whether those of the feed-forward layer have.
+        pre_norms: Whether the inputs of attention and feed-forward are normed; where they are not,
+            their outputs are.
+        wide_qk_norm: Whether queries and keys are normed over all heads at once instead.
+        rope_layers: Which layers turn queries and keys: one entry per layer, or none at all where
+            all do.
         attention_soft_cap: c of ``c tanh(score / c)``, before the mask; 0 for none.
         final_soft_cap: Likewise of the logits; 0 for none.
         sliding_window: Tokens that a local layer's token sees, itself included; 0 without any.
@@ -154,6 +173,11 @@ class DecoderConfig:
     post_norms: bool = False
     qk_norm: bool = False
     query_scale: float = 0.0
+    attention_bias: str = "none"
+    mlp_bias: bool = False
+    pre_norms: bool = True
+    wide_qk_norm: bool = False
+    rope_layers: tuple[bool, ...] = ()
     attention_soft_cap: float = 0.0
     final_soft_cap: float = 0.0
     sliding_window: int = 0
@@ -220,6 +244,26 @@ class DecoderConfig:
         for name in ("query_scale", "attention_soft_cap", "final_soft_cap", "local_rope_base"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}", "0 (off) or more")
         require(self.embed_scale > 0, f"embed_scale {self.embed_scale}", "a positive factor")
+        require(
+            self.attention_bias in ATTENTION_BIASES,
+            f"attention_bias {self.attention_bias!r}",
+            f"one of {ATTENTION_BIASES}",
+        )
+        require(
+            self.pre_norms or self.post_norms,
+            "neither pre_norms nor post_norms",
+            "norms before attention and feed-forward, after them, or both",
+        )
+        require(
+            not (self.qk_norm and self.wide_qk_norm),
+            "both qk_norm and wide_qk_norm",
+            "at most one of them",
+        )
+        require(
+            not self.rope_layers or len(self.rope_layers) == self.num_layers,
+            f"rope_layers of {len(self.rope_layers)} entries for {self.num_layers} layers",
+            "one entry per layer, or none at all",
+        )
         require(
             not self.local_layers or len(self.local_layers) == self.num_layers,
             f"local_layers of {len(self.local_layers)} entries for {self.num_layers} layers",

@@ -7,10 +7,11 @@ which have ``layers/local/...`` and the like in the place of ``layers/...``::
     embed_tokens/embedding                         [V, D]
     layers/input_layernorm/scale                   [L, D]
     layers/self_attn/{q,k,v,o}_proj/kernel         [L, I, O]   (+ smoa beside it, when adapted)
-    layers/self_attn/{q,k}_norm/scale              [L, H]      (Gemma 3)
+    layers/self_attn/{q,k,v,o}_proj/bias           [L, O]      (Qwen 2: not o_proj's)
+    layers/self_attn/{q,k}_norm/scale              [L, H]      (Gemma 3, Qwen 3; OLMo 2: [L, O])
     layers/post_attention_layernorm/scale          [L, D]
-    layers/{pre,post}_feedforward_layernorm/scale  [L, D]      (Gemma 2 and 3)
-    layers/mlp/{gate,up,down}_proj/kernel          [L, I, O]
+    layers/{pre,post}_feedforward_layernorm/scale  [L, D]      (Gemma 2 and 3; OLMo 2: post alone)
+    layers/mlp/{gate,up,down}_proj/kernel          [L, I, O]   (+ bias [L, O], where Llama has it)
     layers/per_layer_{input_gate,projection}/kernel  [L, I, O]   (Gemma 4 E2B and E4B)
     layers/post_per_layer_input_norm/scale         [L, D]      (likewise)
     layers/layer_scalar                            [L, 1]      (Gemma 4)
@@ -21,7 +22,8 @@ which have ``layers/local/...`` and the like in the place of ``layers/...``::
     per_layer_projection_norm/scale                [P]         (likewise)
 
 Hugging Face calls two norms ``post_attention_layernorm``: Llama's and Gemma 1's stands before the
-feed-forward layer, Gemma 2's and 3's on what attention gives; the tree keeps its word.
+feed-forward layer, Gemma 2's and 3's and OLMo 2's on what attention gives; the tree keeps its word.
+OLMo 2 has no norms but those on what attention and feed-forward give, so no ``input_layernorm``.
 
 Compile time does not grow with depth, and what differs between layers of one shape is scanned
 data, never another stack. Rematerialisation is a policy chosen by name; none of them keeps an array
@@ -99,11 +101,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         outer, inner = self.config.embed_dim, self.inner_dim
-        gate = Linear(outer, inner, name="gate_proj")(x)
-        up = Linear(outer, inner, name="up_proj")(x)
+        bias = self.config.mlp_bias
+        gate = Linear(outer, inner, bias=bias, name="gate_proj")(x)
+        up = Linear(outer, inner, bias=bias, name="up_proj")(x)
         product = ACTIVATION_FUNCTIONS[self.config.activation](gate) * up
         product = self.constrain(product, ("batch", "time", "mlp"))
-        return Linear(inner, outer, name="down_proj")(product)
+        return Linear(inner, outer, bias=bias, name="down_proj")(product)
 
 
 class DecoderLayer(nn.Module):
@@ -147,14 +150,13 @@ class DecoderLayer(nn.Module):
         config, constrain = self.config, self.constrain
         before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
         attention = SelfAttention(config, self.shape, constrain, self.fused, name="self_attn")
-        change, caches, kv = attention(
-            self._norm(x, "input_layernorm"), context, layer, local, caches, shared
-        )
+        normed = self._norm(x, "input_layernorm") if config.pre_norms else x
+        change, caches, kv = attention(normed, context, layer, local, caches, shared)
         if config.post_norms:
             change = self._norm(change, "post_attention_layernorm")
         x = constrain(x + change, ("batch", "time", "embed"))
-        mlp = MLP(config, self.shape.mlp_dim, constrain, name="mlp")
-        change = mlp(self._norm(x, f"{before_mlp}_layernorm"))
+        normed = self._norm(x, f"{before_mlp}_layernorm") if config.pre_norms else x
+        change = MLP(config, self.shape.mlp_dim, constrain, name="mlp")(normed)
         if config.post_norms:
             change = self._norm(change, "post_feedforward_layernorm")
         x = constrain(x + change, ("batch", "time", "embed"))

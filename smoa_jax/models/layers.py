@@ -62,16 +62,17 @@ def wide_matmul(
 
 
 class Linear(nn.Module):
-    """``y = x W`` without bias, adapted when a modulation lies beside the kernel.
+    """``y = x W``, adapted when a modulation lies beside the kernel.
 
     The product is in x's dtype, and so is the result, unless ``wide`` asks for the float32
-    accumulator. Dropout on the adapter's path happens when the modulation asks for it and the
-    caller gives a ``dropout`` key.
+    accumulator. ``bias`` adds one, which no adapter touches. Dropout on the adapter's path happens
+    when the modulation asks for it and the caller gives a ``dropout`` key.
     """
 
     input_dim: int
     output_dim: int
     wide: bool = False
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -86,6 +87,9 @@ class Linear(nn.Module):
             result = modulated_matmul(x, kernel, modulation, dropout_key=key)
         else:
             result = wide_matmul(x, kernel) if self.wide else dense_matmul(x, kernel)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.output_dim,))
+            result = result + bias.astype(result.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return checkpoint_name(result, PROJECTION)
 
 

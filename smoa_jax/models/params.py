@@ -54,6 +54,9 @@ def _abstract_stack(
         attention["q_norm"] = leaf("scale", layers, shape.head_dim)
         if not shape.shares_kv:
             attention["k_norm"] = leaf("scale", layers, shape.head_dim)
+    if config.wide_qk_norm:
+        attention["q_norm"] = leaf("scale", layers, query)
+        attention["k_norm"] = leaf("scale", layers, key_value)
     tree: dict[str, Any] = {
         "input_layernorm": leaf("scale", layers, embed),
         "self_attn": attention,
@@ -67,6 +70,12 @@ def _abstract_stack(
     if config.post_norms:
         tree["pre_feedforward_layernorm"] = leaf("scale", layers, embed)
         tree["post_feedforward_layernorm"] = leaf("scale", layers, embed)
+    if not config.pre_norms:
+        del tree["input_layernorm"], tree["pre_feedforward_layernorm"]
+    biased = {"none": (), "qkv": "qkv", "all": "qkvo"}[config.attention_bias]
+    modules = [attention[f"{name}_proj"] for name in biased]
+    for module in [*modules, *(tree["mlp"].values() if config.mlp_bias else ())]:
+        module.update(leaf("bias", layers, module["kernel"].shape[-1]))
     if config.per_layer_dim:
         tree["per_layer_input_gate"] = leaf("kernel", layers, embed, config.per_layer_dim)
         tree["per_layer_projection"] = leaf("kernel", layers, config.per_layer_dim, embed)
@@ -77,7 +86,7 @@ def _abstract_stack(
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
-    """Draw random parameters: norms and layers scaling by one, the rest normal with variance 1 / I.
+    """Draw random parameters: norms and layers by 1, biases 0, others normal with variance 1 / I.
 
     A leaf's draw depends on the key and its own path alone.
     """
@@ -88,6 +97,8 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: DTypeLike = jnp.fl
             return jnp.ones(leaf.shape, leaf.dtype)
         if name.endswith("scale"):
             return jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
         inputs = leaf.shape[-1] if name.endswith("embedding") else leaf.shape[-2]
         own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         normal = jax.random.normal(own_key, leaf.shape, jnp.float32)

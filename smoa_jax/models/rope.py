@@ -12,7 +12,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from smoa_jax.models.config import DecoderConfig, RopeScaling
 
@@ -53,6 +53,15 @@ def local_rope_tables(config: DecoderConfig, positions: Int[Array, "B T"]) -> Ro
         return None
     frequencies = rope_frequencies(config.head_dim, config.local_rope_base, RopeScaling())
     return _tables(frequencies, positions)
+
+
+def turned_where(turns: Bool[Array, ""], tables: RopeTables) -> RopeTables:
+    """Return the tables of a layer that turns, and for one that doesn't those that change nothing.
+
+    Data, not a branch, so that a scan over layers may decide it.
+    """
+    cosine, sine = tables
+    return jnp.where(turns, cosine, 1.0), jnp.where(turns, sine, 0.0)
 
 
 def _tables(frequencies: np.ndarray, positions: jax.Array) -> RopeTables:

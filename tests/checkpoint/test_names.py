@@ -68,7 +68,10 @@ def test_layer_ten_comes_after_layer_nine_and_keeps_its_number():
 def test_gguf_names_lead_to_the_same_tensors():
     for name in llama_tensors({**CONFIG, "num_hidden_layers": 11}):
         assert name_of_gguf(gguf_name(name), post_norms=False) == name
-    assert name_of_gguf("blk.0.attn_q.bias", post_norms=False) is None
+    assert name_of_gguf("blk.7.attn_q.bias", post_norms=False) == (
+        "model.layers.7.self_attn.q_proj.bias"
+    )
+    assert name_of_gguf("blk.0.attn_q.scale", post_norms=False) is None
 
 
 def test_a_tree_with_an_adapter_in_it_is_refused():

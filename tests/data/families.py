@@ -66,6 +66,29 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+#: Qwen 2.5: ChatML that says who it is where no system message does.
+QWEN2 = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\\nYou are Qwen<|im_end|>\\n' }}{%- endif %}"
+) + CHATML
+#: Qwen 3: the last reply is written behind its thoughts, or behind none; earlier ones without.
+QWEN3 = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' and loop.last %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- message['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+#: Mistral 7B v0.3: one BOS, an EOS after every reply, the system text in the last instruction.
+MISTRAL = (
+    "{{- bos_token }}"
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system = messages[0]['content'] + '\\n\\n' %}{%- set turns = messages[1:] %}"
+    "{%- else %}{%- set system = '' %}{%- set turns = messages %}{%- endif %}"
+    "{%- for message in turns %}{%- if message['role'] == 'user' %}"
+    "{{- '[INST] ' + (system if loop.last else '') + message['content'] + '[/INST]' }}"
+    "{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
+)
 
 
 def word_tokenizer(
@@ -156,6 +179,33 @@ def llama2(chat_template: str | None = LLAMA2) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
+        chat_template=chat_template,
+    )
+
+
+def mistral(*texts: str) -> PreTrainedTokenizerFast:
+    """As Mistral's v3: instructions stand between tokens of their own; no padding token."""
+    return word_tokenizer(
+        " \n",
+        *texts,
+        special={"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        extra_special=("[INST]", "[/INST]"),
+        adds_bos=True,
+        chat_template=MISTRAL,
+    )
+
+
+def qwen(*texts: str, chat_template: str = QWEN2) -> PreTrainedTokenizerFast:
+    """As Qwen's instruct models: turns end with EOS, padding is another token; no BOS at all."""
+    return word_tokenizer(
+        "system user assistant You are Qwen \n",
+        *texts,
+        special={
+            "eos_token": "<|im_end|>",
+            "unk_token": "<unk>",
+            "pad_token": "<|endoftext|>",
+        },
+        extra_special=("<|im_start|>", "<think>", "</think>"),
         chat_template=chat_template,
     )
 

@@ -124,6 +124,48 @@ def test_chatml_trains_each_turn_though_its_end_is_also_padding():
     ]
 
 
+def test_qwen_2_trains_each_turn_behind_its_own_system_text_or_the_rows():
+    tokenizer = families.qwen("be hi hello bye ciao")
+    start = given("<|im_start|>", "system", "\n")
+    own = given("You", " ", "are", " ", "Qwen", "<|im_end|>", "\n")
+    turns = [
+        *given("<|im_start|>", "user", "\n", "hi", "<|im_end|>", "\n"),
+        *given("<|im_start|>", "assistant", "\n"),
+        *learned("hello", "<|im_end|>"),
+        *given("\n", "<|im_start|>", "user", "\n", "bye", "<|im_end|>", "\n"),
+        *given("<|im_start|>", "assistant", "\n"),
+        *learned("ciao", "<|im_end|>"),
+    ]
+    row = ("hi", "hello", "bye", "ciao")
+    assert encoded(conversation(*row), tokenizer) == [*start, *own, *turns]
+    said = [*start, *given("be", "<|im_end|>", "\n")]
+    assert encoded(conversation(*row, system="be"), tokenizer) == [*said, *turns]
+
+
+def test_qwen_3_is_given_its_empty_thoughts_and_learns_the_reply():
+    tokenizer = families.qwen("hi hello bye ciao", chat_template=families.QWEN3)
+    assert encoded(conversation("hi", "hello"), tokenizer) == [
+        *given("<|im_start|>", "user", "\n", "hi", "<|im_end|>", "\n"),
+        *given("<|im_start|>", "assistant", "\n", "<think>", "\n", "\n", "</think>", "\n", "\n"),
+        *learned("hello", "<|im_end|>"),
+    ]
+    with pytest.raises(BadRowError, match=r"test row: .* its own text at message 4"):
+        encoded(conversation("hi", "hello", "bye", "ciao"), tokenizer)
+
+
+def test_mistral_trains_replies_with_their_spaces_and_eos():
+    tokenizer = families.mistral("be hi hello bye ciao")
+    assert encoded(conversation("hi", "hello", "bye", "ciao"), tokenizer) == [
+        *given("<s>", "[INST]", " ", "hi", "[/INST]"),
+        *learned(" ", "hello", "</s>"),
+        *given("[INST]", " ", "bye", "[/INST]"),
+        *learned(" ", "ciao", "</s>"),
+    ]
+    # It says a system text to the generation prompt alone, so no mask of it would be right.
+    with pytest.raises(BadRowError, match=r"test row: .* its own text at message 3"):
+        encoded(conversation("hi", "hello", system="be"), tokenizer)
+
+
 def test_a_header_that_always_follows_is_neither_learned_nor_a_stop():
     """Llama 3's first chat template; the loss and the stop ids are those of the later one."""
     always, asked = (
@@ -269,6 +311,8 @@ def test_a_template_that_wants_a_system_message_serves_rows_that_have_one():
         ),
         (families.gemma(chat_template=None), "<bos>", ["<eos>"], "<pad>"),
         (families.chatml(), None, ["<|im_end|>"], "<|im_end|>"),
+        (families.qwen(), None, ["<|im_end|>"], "<|endoftext|>"),
+        (families.mistral(), "<s>", ["</s>"], "<unk>"),
     ],
     ids=[
         "llama2",
@@ -279,6 +323,8 @@ def test_a_template_that_wants_a_system_message_serves_rows_that_have_one():
         "gemma2",
         "gemma-base",
         "smollm2",
+        "qwen",
+        "mistral",
     ],
 )
 def test_special_ids_are_those_that_the_makers_define(tokenizer, bos, eos, pad):
@@ -290,7 +336,7 @@ def test_special_ids_are_those_that_the_makers_define(tokenizer, bos, eos, pad):
 
 
 @pytest.mark.parametrize("template", ["chat", "plain", "alpaca"])
-@pytest.mark.parametrize("family", ["llama2", "llama3", "gemma"])
+@pytest.mark.parametrize("family", ["llama2", "llama3", "gemma", "mistral"])
 def test_every_template_begins_with_one_bos_and_learns_an_end(family, template):
     tokenizer = getattr(families, family)()
     row = Row(instruction="a", output="b")

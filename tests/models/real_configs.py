@@ -1,9 +1,9 @@
 """The ``config.json`` of every real model that tests and ``configs/`` speak of, with its size.
 
-Fields are those that Meta, Google and Hugging Face publish, values and omissions alike: Llama 2
-says no ``rope_theta``, Llama 3.1 no ``head_dim``, Gemma 1 still says ``gelu``, and Gemma 3 from 4B
-up is multimodal and leaves all but a few sizes to defaults. Only fields that describe no function
-(token ids, dtypes, versions, the vision tower) are left out.
+Fields are those that the models' makers publish, values and omissions alike: Llama 2 says no
+``rope_theta``, Llama 3.1 no ``head_dim``, Gemma 1 still says ``gelu``, Gemma 3 from 4B up is
+multimodal and leaves all but a few sizes to defaults, and Qwen names windows that it doesn't use.
+Only fields that describe no function (token ids, dtypes, versions, the vision tower) are left out.
 
 ``parameters`` are published numbers, never computed here; ``source`` says whose:
 
@@ -200,6 +200,83 @@ def _projector(embed: int) -> int:
     return 1152 * (embed + 1)
 
 
+# -------------------------------------------------------------------------------------- neighbours
+
+_MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+}
+_QWEN_25 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "model_type": "qwen2",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+_QWEN_3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+_SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+_OLMO_2 = {
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "vocab_size": 100352,
+}
+
 # --------------------------------------------------------------------------------------- the table
 
 REAL_MODELS: dict[str, RealModel] = {
@@ -333,5 +410,123 @@ REAL_MODELS: dict[str, RealModel] = {
         fields=_gemma_3(head_dim=128, query_pre_attn_scalar=168, **_sizes(62, 5376, 21504, 32, 16)),
         parameters=27_432_406_640 - _VISION_TOWER - _projector(5376),
         source=_LESS_VISION,
+    ),
+    "Mistral-7B-v0.1": RealModel(
+        repository="mistralai/Mistral-7B-v0.1",
+        fields={
+            **_MISTRAL,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "vocab_size": 32000,
+            **_sizes(32, 4096, 14336, 32, 8),
+        },
+        parameters=7_241_732_096,
+        source="hub",
+    ),
+    "Mistral-7B-v0.3": RealModel(
+        repository="mistralai/Mistral-7B-v0.3",
+        fields={
+            **_MISTRAL,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "vocab_size": 32768,
+            **_sizes(32, 4096, 14336, 32, 8),
+        },
+        parameters=7_248_023_552,
+        source="hub",
+    ),
+    "Ministral-8B": RealModel(
+        repository="mistralai/Ministral-8B-Instruct-2410",
+        fields={
+            **_MISTRAL,
+            "head_dim": 128,
+            "rope_theta": 100000000.0,
+            "sliding_window": 32768,
+            "vocab_size": 131072,
+            **_sizes(36, 4096, 12288, 32, 8),
+        },
+        parameters=8_019_808_256,
+        source="hub",
+    ),
+    "Qwen2.5-0.5B": RealModel(
+        repository="Qwen/Qwen2.5-0.5B",
+        fields={
+            **_QWEN_25,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_mrope": False,
+            "vocab_size": 151936,
+            **_sizes(24, 896, 4864, 14, 2),
+        },
+        parameters=494_032_768,
+        source="hub",
+    ),
+    "Qwen2.5-7B": RealModel(
+        repository="Qwen/Qwen2.5-7B",
+        fields={
+            **_QWEN_25,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 28,
+            "sliding_window": 131072,
+            "use_mrope": False,
+            **_sizes(28, 3584, 18944, 28, 4),
+        },
+        parameters=7_615_616_512,
+        source="hub",
+    ),
+    "Qwen2.5-72B": RealModel(
+        repository="Qwen/Qwen2.5-72B-Instruct",
+        fields={
+            **_QWEN_25,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 70,
+            "sliding_window": 131072,
+            **_sizes(80, 8192, 29568, 64, 8),
+        },
+        parameters=72_706_203_648,
+        source="hub",
+    ),
+    "Qwen3-0.6B": RealModel(
+        repository="Qwen/Qwen3-0.6B",
+        fields={
+            **_QWEN_3,
+            "max_window_layers": 28,
+            "tie_word_embeddings": True,
+            **_sizes(28, 1024, 3072, 16, 8),
+        },
+        parameters=751_632_384 - 151_936 * 1024,
+        source="hub, less the head that the file stores beside the embedding, equal to it",
+    ),
+    "Qwen3-8B": RealModel(
+        repository="Qwen/Qwen3-8B",
+        fields={**_QWEN_3, "max_window_layers": 36, **_sizes(36, 4096, 12288, 32, 8)},
+        parameters=8_190_735_360,
+        source="hub",
+    ),
+    "Qwen3-32B": RealModel(
+        repository="Qwen/Qwen3-32B",
+        fields={**_QWEN_3, "max_window_layers": 64, **_sizes(64, 5120, 25600, 64, 8)},
+        parameters=32_762_123_264,
+        source="hub",
+    ),
+    "SmolLM3-3B": RealModel(
+        repository="HuggingFaceTB/SmolLM3-3B",
+        fields={**_SMOLLM3, **_sizes(36, 2048, 11008, 16, 4)},
+        parameters=3_075_098_624,
+        source="hub",
+    ),
+    "OLMo-2-7B": RealModel(
+        repository="allenai/OLMo-2-1124-7B",
+        fields={**_OLMO_2, **_sizes(32, 4096, 11008, 32, 32)},
+        parameters=7_298_617_344,
+        source="hub",
+    ),
+    "OLMo-2-32B": RealModel(
+        repository="allenai/OLMo-2-0325-32B",
+        fields={**_OLMO_2, **_sizes(64, 5120, 27648, 40, 8)},
+        parameters=32_234_279_936,
+        source="hub",
     ),
 }

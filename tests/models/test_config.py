@@ -15,6 +15,10 @@ from tests.models import tiny
         ({"head_dim": 5}, "got head_dim 5; expected an even size"),
         ({"activation": "relu"}, "got activation 'relu'"),
         ({"norm_epsilon": 0.0}, "norm_epsilon 0.0"),
+        ({"attention_bias": "q"}, "got attention_bias 'q'; expected one of"),
+        ({"pre_norms": False}, "got neither pre_norms nor post_norms"),
+        ({"wide_qk_norm": True, "qk_norm": True}, "got both qk_norm and wide_qk_norm"),
+        ({"rope_layers": (True, False)}, "rope_layers of 2 entries for 3 layers"),
     ],
 )
 def test_a_config_that_no_decoder_can_have_is_refused(changes, message):

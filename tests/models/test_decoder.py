@@ -40,9 +40,10 @@ def test_the_params_tree_is_the_golden_one(tied):
     assert described(tree) == (GOLDEN / name).read_text()
 
 
-def test_the_params_tree_of_gemma_3_is_the_golden_one():
-    tree = abstract_params(tiny.FAMILIES["gemma3"], jnp.bfloat16)
-    assert described(tree) == (GOLDEN / "gemma3.txt").read_text()
+@pytest.mark.parametrize("family", ["gemma3", "qwen2", "smollm3", "olmo2"])
+def test_the_params_tree_of_a_family_is_the_golden_one(family):
+    tree = abstract_params(tiny.FAMILIES[family], jnp.bfloat16)
+    assert described(tree) == (GOLDEN / f"{family}.txt").read_text()
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -86,7 +87,9 @@ def test_a_token_sees_nothing_after_itself():
     assert np.abs(np.asarray(before - after))[5:].max(axis=-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gemma4_31b", "gemma4_e2b"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3", "smollm3", "gemma4_31b", "gemma4_e2b"]
+)
 def test_packed_segments_equal_separate_rows(family):
     model = Decoder(tiny.FAMILIES[family], dtype=jnp.float32)
     params = tiny.params_of(model.config)
@@ -151,7 +154,7 @@ def test_scanned_equals_unrolled_layers(family):
     np.testing.assert_allclose(scanned, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
 def test_a_local_layer_sees_its_window_and_no_more(family):
     config = dataclasses.replace(tiny.FAMILIES[family], num_layers=1, local_layers=(True,))
     params, tokens = tiny.params_of(config), tiny.tokens(1, 9)

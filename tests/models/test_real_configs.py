@@ -95,6 +95,18 @@ ALL_FACTS = {
     "Gemma-3-4B": (256, 1e6, LINEAR, True, 131072),
     "Gemma-3-12B": (256, 1e6, LINEAR, True, 131072),
     "Gemma-3-27B": (128, 1e6, LINEAR, True, 131072),
+    "Mistral-7B-v0.1": (128, 1e4, PLAIN, False, 32768),
+    "Mistral-7B-v0.3": (128, 1e6, PLAIN, False, 32768),
+    "Ministral-8B": (128, 1e8, PLAIN, False, 32768),
+    "Qwen2.5-0.5B": (64, 1e6, PLAIN, True, 32768),
+    "Qwen2.5-7B": (128, 1e6, PLAIN, False, 131072),
+    "Qwen2.5-72B": (128, 1e6, PLAIN, False, 32768),
+    "Qwen3-0.6B": (128, 1e6, PLAIN, True, 40960),
+    "Qwen3-8B": (128, 1e6, PLAIN, False, 40960),
+    "Qwen3-32B": (128, 1e6, PLAIN, False, 40960),
+    "SmolLM3-3B": (128, 5e6, PLAIN, True, 65536),
+    "OLMo-2-7B": (128, 5e5, PLAIN, False, 4096),
+    "OLMo-2-32B": (128, 5e5, PLAIN, False, 4096),
 }
 #: Query scale as its inverse square; window; how many local layers; every n-th layer is global;
 #: RoPE base of the local ones (0: the same); soft caps of attention and logits.
@@ -107,7 +119,11 @@ WINDOW_FACTS = {
     "Gemma-3-4B": (256, 1024, 29, 6, 1e4, 0.0, 0.0),
     "Gemma-3-12B": (256, 1024, 40, 6, 1e4, 0.0, 0.0),
     "Gemma-3-27B": (168, 1024, 52, 6, 1e4, 0.0, 0.0),
+    "Mistral-7B-v0.1": (128, 4096, 32, 33, 0.0, 0.0, 0.0),
+    "Ministral-8B": (128, 32768, 36, 37, 0.0, 0.0, 0.0),
 }
+#: Those whose norms add 1e-5; the others' add 1e-6.
+LARGER_EPSILON = ("SmolLM2", "Llama", "Mistral", "Ministral")
 
 
 @every_model
@@ -124,9 +140,15 @@ def test_what_the_file_says_or_leaves_out_becomes_the_right_option(name):
     assert config.activation == ("gelu_tanh" if gemma else "silu")
     assert config.norm_offset == (1.0 if gemma else 0.0)
     assert config.embed_scale == (config.embed_dim**0.5 if gemma else 1.0)
-    assert config.norm_epsilon == (1e-6 if gemma else 1e-5)
-    assert config.post_norms == name.startswith(("Gemma-2", "Gemma-3"))
-    assert config.qk_norm == name.startswith("Gemma-3")
+    olmo = name.startswith("OLMo")
+    assert config.norm_epsilon == (1e-5 if name.startswith(LARGER_EPSILON) else 1e-6)
+    assert config.post_norms == name.startswith(("Gemma-2", "Gemma-3", "OLMo"))
+    assert config.qk_norm == name.startswith(("Gemma-3", "Qwen3"))
+    assert (config.wide_qk_norm, config.pre_norms) == (olmo, not olmo)
+    assert config.attention_bias == ("qkv" if name.startswith("Qwen2.5") else "none")
+    assert not config.mlp_bias
+    still = [layer for layer, turns in enumerate(config.rope_layers) if not turns]
+    assert still == (list(range(3, 36, 4)) if name == "SmolLM3-3B" else [])
 
 
 @every_model
@@ -225,6 +247,22 @@ def test_the_default_rules_place_every_leaf_and_divide_what_is_large(name, adapt
 
 
 @every_model
+@pytest.mark.parametrize("axes", [(1, 2, 4), (1, 8, 1)], ids=["2x4", "8x1"])
+def test_eight_devices_divide_every_model_or_the_error_names_the_axis(name, axes):
+    config, mesh = REAL_MODELS[name].config, AbstractMesh(axes, AXES)
+    params = apply_smoa(base_params(name), ADAPTERS["blocks"], jax.random.key(0))
+    placed = param_shardings(params, mesh)["layers"]["self_attn"]
+    for module in placed.values():
+        if "bias" in module:  # where the outputs of its kernel lie
+            assert module["bias"].spec[1] == module["kernel"].spec[2]
+    if config.num_kv_heads % axes[2]:
+        with pytest.raises(ValueError, match=f"got tensor={axes[2]} for"):
+            check_heads(config.num_heads, config.num_kv_heads, mesh)
+    else:
+        check_heads(config.num_heads, config.num_kv_heads, mesh)
+
+
+@every_model
 def test_factors_lie_with_the_rows_of_their_kernel(name):
     mesh = AbstractMesh((1, 8, 1), AXES)
     params = apply_smoa(base_params(name), ADAPTERS["blocks"], jax.random.key(0))
@@ -242,6 +280,8 @@ def test_factors_lie_with_the_rows_of_their_kernel(name):
         ("Gemma-1-2B", 8, "got tensor=8 for 8 query and 1 key/value heads"),
         ("Llama-3.2-3B", 16, "got tensor=16 for 24 query and 8 key/value heads"),
         ("Llama-3.1-405B", 16, "got tensor=16 for 128 query and 8 key/value heads"),
+        ("Qwen2.5-0.5B", 4, "got tensor=4 for 14 query and 2 key/value heads"),
+        ("Qwen2.5-7B", 8, "got tensor=8 for 28 query and 4 key/value heads"),
     ],
 )
 def test_a_tensor_axis_that_would_split_a_head_names_the_numbers_and_the_remedy(
@@ -259,6 +299,8 @@ def test_a_tensor_axis_that_would_split_a_head_names_the_numbers_and_the_remedy(
         ("Llama-3.1-8B", (1, 3, 1), "got embed_tokens/embedding of shape (128256, 4096) over"),
         ("Gemma-3-270M", (1, 256, 1), "expected 640 to be a multiple of 256"),
         ("Gemma-3-27B", (1, 1, 128), "expected 262208 to be a multiple of 128"),
+        ("Qwen2.5-0.5B", (1, 512, 1), "expected 896 to be a multiple of 512"),
+        ("OLMo-2-32B", (1, 1, 4096), "expected 100352 to be a multiple of 4096"),
     ],
 )
 def test_a_mesh_that_does_not_divide_a_tensor_names_it_and_the_sizes(name, axes, message):
@@ -284,7 +326,13 @@ def described(params: Any) -> str:
 
 @pytest.mark.parametrize(
     ("name", "adapter"),
-    [("Llama-3.2-1B", "blocks"), ("Llama-3.2-1B", "bands"), ("Gemma-3-1B", "blocks")],
+    [
+        ("Llama-3.2-1B", "blocks"),
+        ("Llama-3.2-1B", "bands"),
+        ("Gemma-3-1B", "blocks"),
+        ("Qwen2.5-7B", "blocks"),
+        ("OLMo-2-32B", "blocks"),
+    ],
 )
 def test_the_adapted_tree_is_the_golden_one(name, adapter):
     params = apply_smoa(base_params(name), ADAPTERS[adapter], jax.random.key(0))

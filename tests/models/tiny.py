@@ -86,6 +86,15 @@ FAMILIES = {
         shared_mlp_dim=36,
         per_layer_dim=10,
     ),
+    "mistral": dataclasses.replace(CONFIG, local_layers=(True,) * 3, sliding_window=4, head_dim=6),
+    "qwen2": dataclasses.replace(
+        CONFIG, attention_bias="qkv", local_layers=(False, False, True), sliding_window=3
+    ),
+    "qwen3": dataclasses.replace(CONFIG, qk_norm=True, tie_embeddings=True, head_dim=8),
+    "smollm3": dataclasses.replace(
+        CONFIG, rope_layers=(True, False, True), attention_bias="all", mlp_bias=True
+    ),
+    "olmo2": dataclasses.replace(CONFIG, pre_norms=False, post_norms=True, wide_qk_norm=True),
 }
 
 
@@ -112,6 +121,8 @@ def params_of(decoder: DecoderConfig, seed: int = 0) -> dict[str, Any]:
         if "scale" in str(path[-1]):
             offset = decoder.norm_offset
             return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) - offset, jnp.float32)
+        if "bias" in str(path[-1]):  # small, or they would drown what the tokens say
+            return jnp.asarray(rng.normal(scale=0.2, size=leaf.shape), jnp.float32)
         inputs = leaf.shape[-1 if "embedding" in str(path[-1]) else -2]
         return jnp.asarray(rng.normal(scale=inputs**-0.5, size=leaf.shape), jnp.float32)
 

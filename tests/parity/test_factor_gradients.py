@@ -17,6 +17,7 @@ from smoa_jax.models.decoder import Decoder
 from tests.parity import test_checkpoint_gemma as gemma
 from tests.parity import test_checkpoint_gemma4 as gemma4
 from tests.parity import test_checkpoint_llama as llama
+from tests.parity import test_checkpoint_neighbours as neighbours
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
@@ -27,9 +28,14 @@ TOKENS = gemma.TOKENS
 
 
 def made(family: str):
+    if family == "llama":
+        return llama.torch_model()
     if family.startswith("gemma4"):
         return gemma4.torch_model(family.removeprefix("gemma4-"))
-    return llama.torch_model() if family == "llama" else gemma.torch_model(family)
+    if family in neighbours.NEIGHBOURS:
+        bias = {"attention_bias": True, "mlp_bias": True} if family == "smollm3" else {}
+        return neighbours.torch_model(family, **bias)
+    return gemma.torch_model(family)
 
 
 def adapted_modules(stack, path=()):
@@ -56,6 +62,7 @@ class Adapted(torch.nn.Module):
     def __init__(self, linear, node, layer: int):
         super().__init__()
         self.weight = linear.weight.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach()
         self.a = torch.nn.Parameter(torch.tensor(np.asarray(node.a[layer])))
         self.b = torch.nn.Parameter(torch.tensor(np.asarray(node.b[layer])))
         inputs, outputs = (np.asarray(x[layer]) for x in (node.in_block, node.out_block))
@@ -64,11 +71,12 @@ class Adapted(torch.nn.Module):
 
     def forward(self, x):
         change = self.scale * self.same * (self.b @ self.a.T)
-        return torch.nn.functional.linear(x, self.weight * (1 + change))
+        return torch.nn.functional.linear(x, self.weight * (1 + change), self.bias)
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma", "gemma2", "gemma3", "gemma4-e2b", "gemma4-31b"]
+    "family",
+    ["llama", "gemma", "gemma2", "gemma3", "gemma4-e2b", "gemma4-31b", *neighbours.NEIGHBOURS],
 )
 def test_gradients_of_a_and_b_agree_with_torch(tmp_path, family):
     model = made(family)

@@ -15,8 +15,9 @@ from smoa_jax.adapter.types import Blocks
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.peft.export import export_peft
 from smoa_jax.models.decoder import Decoder
+from tests.parity import test_checkpoint_gemma as gemma
+from tests.parity import test_checkpoint_neighbours as neighbours
 from tests.parity.peft_models import TOKENS, peft_logits, write_llama
-from tests.parity.test_checkpoint_gemma import torch_model
 
 pytestmark = pytest.mark.parity
 
@@ -111,15 +112,16 @@ def test_peft_gives_the_adapted_logits(checkpoint, forward, tmp_path, name, recw
     assert written["peft_type"] == ("HIRA" if config.modulation == "weight" else "LORA")
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", *neighbours.NEIGHBOURS])
 @pytest.mark.parametrize(
     "config", [CONFIGS["two_blocks"], CONFIGS["melora"]], ids=["smoa", "melora"]
 )
-def test_peft_opens_the_adapter_of_each_gemma(tmp_path, family, config):
-    torch_model(family).save_pretrained(tmp_path / "base")
+def test_peft_opens_the_adapter_of_each_family(tmp_path, family, config):
+    made = gemma.torch_model if family in gemma.CLASSES else neighbours.torch_model
+    made(family).save_pretrained(tmp_path / "base")
     base = load_base(tmp_path / "base")
     params = trained(copied(apply_smoa(base.params, config, jax.random.key(1))))
-    directory = export_peft(params, config, tmp_path / "peft", base_model_name="gemma")
+    directory = export_peft(params, config, tmp_path / "peft", base_model_name=family)
     apply = jax.jit(Decoder(base.config, dtype=jnp.float32).apply)
     ours, plain = (
         np.asarray(apply({"params": tree}, jnp.asarray(TOKENS))) for tree in (params, base.params)

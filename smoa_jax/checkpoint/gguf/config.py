@@ -2,12 +2,16 @@
 
 GGUF keeps what llama.cpp's loader needs; some of Gemma's constants are written in that loader and
 not in the file (its rotary base of local layers, which layers those are, the query scale of the
-27B models), and stand here for the same architectures.
+27B models), and stand here for the same architectures; so does SmolLM3's interval of layers that
+don't turn.
+
+Mistral's files call themselves ``llama`` and are read as one, without a window, which they don't
+mention and llama.cpp doesn't give them: that of Mistral 7B v0.1 is of 4096 tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,14 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
 }
+#: Architectures whose query and key rows lie in the order of interleaved rotary pairs: those that
+#: llama.cpp converts as a Llama. SmolLM3 is one of them, Qwen and OLMo are not.
+INTERLEAVED = ("llama", "smollm3")
 # GGUF keeps what these make of the frequencies, not the numbers; all Llama 3 releases share them.
 _LLAMA3_CONSTANTS: dict[str, Any] = {
     "low_freq_factor": 1.0,
@@ -37,6 +48,10 @@ _MUST_BE_OFF: dict[str, dict[str, int]] = {
     "gemma": {"expert_count": 0, "attention.sliding_window": 0},
     "gemma2": {"expert_count": 0},
     "gemma3": {"expert_count": 0, "attn_logit_softcapping": 0},
+    "qwen2": {"expert_count": 0, "attention.sliding_window": 0},
+    "qwen3": {"expert_count": 0, "attention.sliding_window": 0},
+    "smollm3": {"expert_count": 0, "attention.sliding_window": 0},
+    "olmo2": {"expert_count": 0, "attention.sliding_window": 0},  # OLMo 3 has windows
 }
 # One global layer in so many, and the depth of the model whose query scale is sqrt(D / N).
 _LOCAL_PATTERNS = {"gemma2": 2, "gemma3": 6}
@@ -91,12 +106,12 @@ class GgufMetadata:
     @property
     def has_post_norms(self) -> bool:
         """Whether the architecture has norms on what attention and feed-forward give."""
-        return self.architecture in _LOCAL_PATTERNS
+        return self.architecture in (*_LOCAL_PATTERNS, "olmo2")
 
     @property
     def has_offset_norms(self) -> bool:
         """Whether the file holds 1 + w where Hugging Face's norms hold w."""
-        return self.architecture != "llama"
+        return self.architecture.startswith("gemma")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value under ``key``, or ``default`` where the file has none."""
@@ -149,7 +164,12 @@ class GgufMetadata:
         return self.integer("attention.head_count_kv", self.integer("attention.head_count"))
 
     def hf_config(
-        self, *, vocab_size: int, has_head: bool, rope_factors: np.ndarray | None
+        self,
+        *,
+        vocab_size: int,
+        has_head: bool,
+        rope_factors: np.ndarray | None,
+        biased: Collection[str] = (),
     ) -> dict[str, Any]:
         """The ``config.json``.
 
@@ -157,6 +177,7 @@ class GgufMetadata:
             vocab_size: Rows of the embedding.
             has_head: Whether the file has a head of its own.
             rope_factors: The tensor of divisors of the rotary frequencies, if there is one.
+            biased: What has a bias in the first layer: ``self_attn.q_proj`` and the like.
         """
         config = {
             "architectures": [FAMILIES[self.model_type].architecture],
@@ -171,8 +192,8 @@ class GgufMetadata:
             "max_position_embeddings": self.integer("context_length"),
             "rms_norm_eps": self.real("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": not has_head,
-            "attention_bias": False,
-            **self._activation(),
+            "attention_bias": any(name.startswith("self_attn.") for name in biased),
+            **self._activation(biased),
             **self._rope(rope_factors),
             **self._local_layers(),
         }
@@ -191,15 +212,19 @@ class GgufMetadata:
     def _name(self, key: str) -> str:
         return f"{self.architecture}.{key}"
 
-    def _activation(self) -> dict[str, Any]:
-        if self.architecture == "llama":
-            return {"hidden_act": "silu", "mlp_bias": False}
+    def _activation(self, biased: Collection[str]) -> dict[str, Any]:
+        if not self.has_offset_norms:
+            if self.architecture not in INTERLEAVED:
+                return {"hidden_act": "silu"}
+            return {"hidden_act": "silu", "mlp_bias": any(name[:4] == "mlp." for name in biased)}
         key = "hidden_act" if self.architecture == "gemma" else "hidden_activation"
         return {key: "gelu_pytorch_tanh"}
 
     def _local_layers(self) -> dict[str, Any]:
-        """What Gemma 2 and 3 have beside a plain decoder."""
-        if not self.has_post_norms:
+        """What Gemma 2 and 3 and SmolLM3 have beside a plain decoder."""
+        if self.architecture == "smollm3":
+            return {"no_rope_layer_interval": 4}  # a constant of llama.cpp's
+        if self.architecture not in _LOCAL_PATTERNS:
             return {}
         layers, heads = self.integer("block_count"), self.integer("attention.head_count")
         pattern = self.own("attention.sliding_window_pattern", _LOCAL_PATTERNS[self.architecture])

@@ -1,10 +1,10 @@
 """A GGUF file as a checkpoint: tensors dequantised row by row, the config from its metadata.
 
-GGUF keeps the rows of Llama's query and key projections in the order of interleaved rotary pairs,
-where Hugging Face (and our decoder) rotate the first half of a head against the second, and
-Gemma's norms as 1 + w, where Hugging Face has w. Both are undone here, so nothing downstream knows
-where the weights came from. The fingerprint is over the bytes as stored, quantised and in the
-file's own order.
+GGUF keeps the rows of Llama's query and key projections (SmolLM3's too, and their biases) in the
+order of interleaved rotary pairs, where Hugging Face (and our decoder) rotate the first half of a
+head against the second, and Gemma's norms as 1 + w, where Hugging Face has w. Both are undone here,
+so nothing downstream knows where the weights came from. The fingerprint is over the bytes as
+stored, quantised and in the file's own order.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from gguf.quants import dequantize
 
 from smoa_jax.checkpoint.assemble import Index, StoredTensor
 from smoa_jax.checkpoint.errors import CheckpointError, require
-from smoa_jax.checkpoint.gguf.config import GgufMetadata
+from smoa_jax.checkpoint.gguf.config import INTERLEAVED, GgufMetadata
 from smoa_jax.checkpoint.names import EMBEDDING_NAME, HEAD_NAME, name_of_gguf
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
 # Values dequantised at a time: a few MiB, so that a large embedding has no large temporaries.
 _CHUNK_VALUES = 2**21
-_ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.weight")
+_ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(?:weight|bias)")
+_BIASED = re.compile(r"model\.layers\.0\.(.+)\.bias")
 
 
 class _WholeFileReader(GGUFReader):
@@ -99,7 +100,7 @@ class GgufFile:
             self.tensors[name] = StoredTensor(shape=shape, dtype=tensor.tensor_type.name)
         self.tensors.pop(_ROPE_FACTORS, None)  # part of the config, not of the params
         self._orders = {}
-        if self.metadata.architecture == "llama":
+        if self.metadata.architecture in INTERLEAVED:
             heads = self.metadata.integer("attention.head_count")
             self._orders = {
                 "q": _rotary_order(heads, self.metadata.head_dim),
@@ -109,10 +110,6 @@ class GgufFile:
     def read(self, name: str, index: Index) -> np.ndarray:
         tensor = self._stored[name]
         shape = self.tensors[name].shape
-        if len(shape) == 1:
-            values = self._dequantize(name, tensor.data)[index]
-            is_offset = self.metadata.has_offset_norms and name.endswith("norm.weight")
-            return values - 1 if is_offset else values
         rows = np.arange(shape[0])
         if self._orders and (rotated := _ROTATED.fullmatch(name)):
             order = self._orders[rotated.group(1)]
@@ -123,6 +120,10 @@ class GgufFile:
                 where=self.source,
             )
             rows = order
+        if len(shape) == 1:
+            values = self._dequantize(name, tensor.data)[rows][index]
+            is_offset = self.metadata.has_offset_norms and name.endswith("norm.weight")
+            return values - 1 if is_offset else values
         rows = rows[index[0]]
         columns = len(range(*index[1].indices(shape[1])))
         values = np.empty((len(rows), columns), np.float32)
@@ -161,6 +162,7 @@ class GgufFile:
             vocab_size=self.tensors[EMBEDDING_NAME].shape[0],
             has_head=HEAD_NAME in self.tensors,
             rope_factors=factors,
+            biased=[found[1] for name in self.tensors if (found := _BIASED.fullmatch(name))],
         )
 
     def generation_config(self) -> dict[str, Any]:

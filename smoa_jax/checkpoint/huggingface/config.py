@@ -22,6 +22,35 @@ from smoa_jax.models.config import DecoderConfig
 MODEL_TYPES = (*FAMILIES, *MULTIMODAL)
 
 _TEXT_CONFIG = "text_config"
+_EXPERTS = "a mixture of experts"
+# What the decoder doesn't compute, of model types that one might take for those it does.
+_UNREAD = {
+    "mixtral": f"Mixtral, {_EXPERTS}",
+    "qwen2_moe": f"Qwen2-MoE, {_EXPERTS}",
+    "qwen3_moe": f"Qwen3-MoE, {_EXPERTS}",
+    "olmoe": f"OLMoE, {_EXPERTS}",
+    "llama4": f"Llama 4, {_EXPERTS}",
+    "llama4_text": f"Llama 4, {_EXPERTS}",
+    "mistral4": f"Mistral 4, {_EXPERTS}",
+    "phi": "Phi, whose layers run side by side",
+    "phi3": "Phi 3 and 4, whose kernels are fused",
+    "phimoe": f"Phi-MoE, {_EXPERTS}",
+    "gemma3n": "Gemma 3n, whose layers differ in shape",
+    "gemma3n_text": "Gemma 3n, whose layers differ in shape",
+    "mistral3": "Mistral 3, which sees images",
+    "ministral": "Ministral with layers of two kinds",
+    "ministral3": "Ministral 3, whose rotary embedding is scaled by YaRN",
+    "olmo": "OLMo 1, whose norms have no weights",
+    "olmo3": "OLMo 3, whose rotary embeddings differ by layer",
+    "qwen2_vl": "Qwen2-VL, which sees images",
+    "qwen2_5_vl": "Qwen2.5-VL, which sees images",
+    "qwen3_vl": "Qwen3-VL, which sees images",
+    "qwen3_next": "Qwen3-Next, whose attention is linear in most layers",
+    "qwen3_5": "Qwen3.5, whose attention is linear in most layers",
+    "qwen3_5_text": "Qwen3.5, whose attention is linear in most layers",
+    "qwen3_5_moe": f"Qwen3.5-MoE, {_EXPERTS}",
+    "qwen3_5_moe_text": f"Qwen3.5-MoE, {_EXPERTS}",
+}
 _REMEDIES = {
     "quantization_config": "name the unquantised model",
     "auto_map": "models that need remote code are refused",
@@ -178,16 +207,17 @@ def _fields_of(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
+        "attention_bias": False,  # of a Gemma; the others say it themselves
         **family.fields(config),
     }
 
 
 def _refuse_other_types(fields: Mapping[str, Any], source: str) -> None:
     model_type = fields.get("model_type")
+    what = _UNREAD.get(str(model_type), "")
     require(
         model_type in MODEL_TYPES,
-        f"model_type {model_type!r}",
+        f"model_type {model_type!r}{f' ({what})' if what else ''}",
         f"one of {', '.join(MODEL_TYPES)}",
         where=source,
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from smoa_jax.checkpoint.errors import require
-from smoa_jax.checkpoint.huggingface import gemma4
+from smoa_jax.checkpoint.huggingface import gemma4, neighbours
 from smoa_jax.checkpoint.huggingface.fields import (
     LAYER_KINDS,
     optional_positive,
@@ -23,6 +23,7 @@ from smoa_jax.checkpoint.huggingface.fields import (
     short,
     whole,
 )
+from smoa_jax.checkpoint.huggingface.neighbours import plain_rope
 from smoa_jax.models.config import DecoderConfig, RopeScaling
 
 LOCAL, GLOBAL = LAYER_KINDS
@@ -58,33 +59,22 @@ def family_of(config: DecoderConfig) -> str:
     if config.layer_scalars:
         return "gemma4_text"
     if not config.norm_offset:
-        return "llama"
+        return _neighbour_of(config)
     if not config.post_norms:
         return "gemma"
     return "gemma3_text" if config.qk_norm else "gemma2"
 
 
-# --------------------------------------------------------------------------------------- Llama
-
-
-def _llama_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    require(
-        values["hidden_act"] in ("silu", "swish"),
-        f"hidden_act {values['hidden_act']!r}",
-        "silu, as every Llama has",
-        where=source,
-    )
-    base, scaling = read_rope(values, source)
-    return {"rope_base": base, "rope_scaling": scaling}
-
-
-def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
-    return {"hidden_act": config.activation, "mlp_bias": False, **_plain_rope(config)}
-
-
-def _plain_rope(config: DecoderConfig) -> dict[str, Any]:
-    # rope_theta, not rope_parameters: transformers 4 and 5 and most other readers know it.
-    return {"rope_theta": config.rope_base, **rope_scaling_fields(config.rope_scaling)}
+def _neighbour_of(config: DecoderConfig) -> str:
+    if not config.pre_norms:
+        return "olmo2"
+    if config.rope_layers:
+        return "smollm3"
+    if config.qk_norm:
+        return "qwen3"
+    if config.attention_bias == "qkv":
+        return "qwen2"
+    return "mistral" if config.local_layers else "llama"
 
 
 # --------------------------------------------------------------------------------------- Gemma
@@ -104,7 +94,7 @@ def _gemma_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _gemma_fields(config: DecoderConfig) -> dict[str, Any]:
-    return {"hidden_act": "gelu_pytorch_tanh", **_plain_rope(config)}
+    return {"hidden_act": "gelu_pytorch_tanh", **plain_rope(config)}
 
 
 def _gemma_common(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -129,7 +119,7 @@ def _gemma2_fields(config: DecoderConfig) -> dict[str, Any]:
     return {
         **_later_gemma_fields(config),
         "attn_logit_softcapping": config.attention_soft_cap or None,
-        **_plain_rope(config),
+        **plain_rope(config),
     }
 
 
@@ -244,6 +234,25 @@ _SHARED_OFF: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0, None),
     "enable_moe_block": (False, None),
 }
+# Whose biases are read.
+_NEIGHBOURS_OFF = {key: off for key, off in _SHARED_OFF.items() if key != "attention_bias"}
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_QWEN_DEFAULTS: dict[str, Any] = {
+    **_LLAMA_DEFAULTS,
+    "num_key_value_heads": 32,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _CAUSAL = {"use_bidirectional_attention": (False, None)}
 _GEMMA_DEFAULTS: dict[str, Any] = {
     "head_dim": 256,
@@ -285,15 +294,10 @@ def _gemma4(architecture: str, defaults: Mapping[str, Any]) -> Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
-        defaults={
-            "hidden_act": "silu",
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-        },
-        must_be_off={**_SHARED_OFF, "mlp_bias": (False, None)},
-        options=_llama_options,
-        fields=_llama_fields,
+        defaults=_LLAMA_DEFAULTS,
+        must_be_off=_NEIGHBOURS_OFF,
+        options=neighbours.llama_options,
+        fields=neighbours.llama_fields,
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",
@@ -331,6 +335,57 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma4_text": _gemma4("Gemma4ForCausalLM", gemma4.DEFAULTS),
     "gemma4_unified_text": _gemma4("Gemma4UnifiedForCausalLM", gemma4.UNIFIED_DEFAULTS),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        defaults={
+            **_LLAMA_DEFAULTS,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        },
+        must_be_off=_SHARED_OFF,
+        options=neighbours.mistral_options,
+        fields=neighbours.mistral_fields,
+        nullable=("num_key_value_heads", "sliding_window"),
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        defaults=_QWEN_DEFAULTS,
+        must_be_off={**_NEIGHBOURS_OFF, "use_mrope": (False, None)},
+        options=neighbours.qwen2_options,
+        fields=neighbours.qwen2_fields,
+        nullable=("num_key_value_heads", "sliding_window"),
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+        must_be_off=_NEIGHBOURS_OFF,
+        options=neighbours.qwen3_options,
+        fields=neighbours.qwen3_fields,
+        nullable=("num_key_value_heads", "sliding_window"),
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        defaults={
+            **_LLAMA_DEFAULTS,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+        },
+        must_be_off=_NEIGHBOURS_OFF,
+        options=neighbours.smollm3_options,
+        fields=neighbours.smollm3_fields,
+        nullable=("num_key_value_heads",),
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        defaults={**_LLAMA_DEFAULTS, "rms_norm_eps": 1e-5},
+        must_be_off=_NEIGHBOURS_OFF,
+        options=neighbours.olmo2_options,
+        fields=neighbours.olmo2_fields,
+    ),
 }
 #: Multimodal model types whose text part is one of the families.
 MULTIMODAL = {

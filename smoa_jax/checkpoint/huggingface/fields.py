@@ -8,6 +8,9 @@ from typing import Any
 from smoa_jax.checkpoint.errors import CheckpointError, listed, require
 from smoa_jax.models.config import RopeScaling
 
+#: What ``layer_types`` calls local and global layers.
+LAYER_KINDS = ("sliding_attention", "full_attention")
+
 _ROPE_TYPES = ("default", "linear", "llama3")
 #: What ``layer_types`` calls local and global layers.
 LAYER_KINDS = ("sliding_attention", "full_attention")

@@ -227,13 +227,13 @@ def test_rotary_factors_of_another_kind_are_refused(tmp_path):
 
 
 def test_another_architecture_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
     writer.add_block_count(1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"architecture 'qwen2'; expected one of llama"):
+    with pytest.raises(CheckpointError, match=r"architecture 'qwen3moe'; expected one of llama"):
         load_base(tmp_path / "m.gguf")
 
 

@@ -97,8 +97,8 @@ def test_llama3_scaling_without_its_original_length_takes_the_models():
     [
         ({"model_type": "mamba"}, "model_type 'mamba'; expected one of llama"),
         ({"model_type": None}, "model_type None; expected one of llama"),
-        ({"attention_bias": True}, "attention_bias is True; expected False"),
-        ({"mlp_bias": True}, "mlp_bias is True; expected False"),
+        ({"attention_bias": "qkv"}, "attention_bias 'qkv'; expected true or false"),
+        ({"mlp_bias": 1}, "mlp_bias 1; expected true or false"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; expected 0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected 1"),
         ({"rope_interleaved": True}, "rope_interleaved is True; expected False"),
