@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from smoa_jax.checkpoint.errors import require
+from smoa_jax.checkpoint.gguf.gemma4 import gemma4_config
 from smoa_jax.checkpoint.huggingface.families import FAMILIES, GLOBAL, LOCAL
 from smoa_jax.checkpoint.huggingface.fields import rope_scaling_fields, short
 from smoa_jax.models.config import RopeScaling
@@ -28,6 +29,7 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "smollm3": "smollm3",
@@ -48,6 +50,7 @@ _MUST_BE_OFF: dict[str, dict[str, int]] = {
     "gemma": {"expert_count": 0, "attention.sliding_window": 0},
     "gemma2": {"expert_count": 0},
     "gemma3": {"expert_count": 0, "attn_logit_softcapping": 0},
+    "gemma4": {"expert_count": 0},
     "qwen2": {"expert_count": 0, "attention.sliding_window": 0},
     "qwen3": {"expert_count": 0, "attention.sliding_window": 0},
     "smollm3": {"expert_count": 0, "attention.sliding_window": 0},
@@ -106,12 +109,12 @@ class GgufMetadata:
     @property
     def has_post_norms(self) -> bool:
         """Whether the architecture has norms on what attention and feed-forward give."""
-        return self.architecture in (*_LOCAL_PATTERNS, "olmo2")
+        return self.architecture in (*_LOCAL_PATTERNS, "gemma4", "olmo2")
 
     @property
     def has_offset_norms(self) -> bool:
         """Whether the file holds 1 + w where Hugging Face's norms hold w."""
-        return self.architecture.startswith("gemma")
+        return self.architecture in ("gemma", "gemma2", "gemma3")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value under ``key``, or ``default`` where the file has none."""
@@ -170,6 +173,7 @@ class GgufMetadata:
         has_head: bool,
         rope_factors: np.ndarray | None,
         biased: Collection[str] = (),
+        names: Collection[str] = (),
     ) -> dict[str, Any]:
         """The ``config.json``.
 
@@ -178,26 +182,32 @@ class GgufMetadata:
             has_head: Whether the file has a head of its own.
             rope_factors: The tensor of divisors of the rotary frequencies, if there is one.
             biased: What has a bias in the first layer: ``self_attn.q_proj`` and the like.
+            names: Of all tensors, in Hugging Face's words.
         """
+        if self.architecture == "gemma4":
+            own = gemma4_config(self, rope_factors, names)
+        else:
+            own = {
+                "intermediate_size": self.integer("feed_forward_length"),
+                "num_key_value_heads": self.num_kv_heads,
+                "head_dim": self.head_dim,
+                "attention_bias": any(name.startswith("self_attn.") for name in biased),
+                **self._activation(biased),
+                **self._rope(rope_factors),
+                **self._local_layers(),
+            }
         config = {
             "architectures": [FAMILIES[self.model_type].architecture],
             "model_type": self.model_type,
             "vocab_size": vocab_size,
             "hidden_size": self.integer("embedding_length"),
-            "intermediate_size": self.integer("feed_forward_length"),
             "num_hidden_layers": self.integer("block_count"),
             "num_attention_heads": self.integer("attention.head_count"),
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
             "max_position_embeddings": self.integer("context_length"),
             "rms_norm_eps": self.real("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": not has_head,
-            "attention_bias": any(name.startswith("self_attn.") for name in biased),
-            **self._activation(biased),
-            **self._rope(rope_factors),
-            **self._local_layers(),
         }
-        return {**config, **self.generation_config()}
+        return {**config, **own, **self.generation_config()}
 
     def generation_config(self) -> dict[str, Any]:
         """The special tokens' ids, as ``generation_config.json`` names them."""

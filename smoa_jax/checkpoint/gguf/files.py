@@ -162,6 +162,7 @@ class GgufFile:
             vocab_size=self.tensors[EMBEDDING_NAME].shape[0],
             has_head=HEAD_NAME in self.tensors,
             rope_factors=factors,
+            names=self.tensors,
             biased=[found[1] for name in self.tensors if (found := _BIASED.fullmatch(name))],
         )
 
