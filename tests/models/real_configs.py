@@ -530,3 +530,112 @@ REAL_MODELS: dict[str, RealModel] = {
         source="hub",
     ),
 }
+
+
+# ------------------------------------------------------------------------------------- Gemma 4
+# As Google's files say them, in its spelling; the multimodal ones leave no size of the decoder out.
+
+_GEMMA_4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1000000.0,
+    },
+}
+
+
+def _gemma_4(period: int, positions: int, model_type: str = "gemma4", **text: Any) -> dict:
+    layers = text["num_hidden_layers"]
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": model_type,
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": f"{model_type}_text",
+            "attention_bias": False,
+            "final_logit_softcapping": 30.0,
+            "global_head_dim": 512,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "layer_types": [
+                "sliding_attention" if (layer + 1) % period else "full_attention"
+                for layer in range(layers)
+            ],
+            "max_position_embeddings": positions,
+            "rms_norm_eps": 1e-06,
+            "rope_parameters": _GEMMA_4_ROPE,
+            "tie_word_embeddings": True,
+            "vocab_size": 262144,
+            **text,
+        },
+    }
+
+
+_COUNTED = "counted once from transformers' own modules on the meta device"
+REAL_GEMMA4: dict[str, RealModel] = {
+    "Gemma-4-E2B": RealModel(
+        repository="google/gemma-4-E2B-it",
+        fields=_gemma_4(
+            5,
+            131072,
+            **_sizes(35, 1536, 6144, 8, 1),
+            attention_k_eq_v=False,
+            hidden_size_per_layer_input=256,
+            num_kv_shared_layers=20,
+            sliding_window=512,
+            use_double_wide_mlp=True,
+            vocab_size_per_layer_input=262144,
+        ),
+        parameters=4_628_569_379,
+        source=_COUNTED,
+    ),
+    "Gemma-4-E4B": RealModel(
+        repository="google/gemma-4-E4B-it",
+        fields=_gemma_4(
+            6,
+            131072,
+            **_sizes(42, 2560, 10240, 8, 2),
+            attention_k_eq_v=False,
+            hidden_size_per_layer_input=256,
+            num_kv_shared_layers=18,
+            sliding_window=512,
+            use_double_wide_mlp=False,
+            vocab_size_per_layer_input=262144,
+        ),
+        parameters=7_463_013_418,
+        source=_COUNTED,
+    ),
+    "Gemma-4-12B": RealModel(
+        repository="google/gemma-4-12B-it",
+        fields=_gemma_4(
+            6,
+            262144,
+            "gemma4_unified",
+            **_sizes(48, 3840, 15360, 16, 8),
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            num_kv_shared_layers=0,
+            sliding_window=1024,
+            use_bidirectional_attention="vision",
+        ),
+        parameters=11_907_350_320,
+        source=_COUNTED,
+    ),
+    "Gemma-4-31B": RealModel(
+        repository="google/gemma-4-31B-it",
+        fields=_gemma_4(
+            6,
+            262144,
+            **_sizes(60, 5376, 21504, 32, 16),
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=0,
+            num_global_key_value_heads=4,
+            num_kv_shared_layers=0,
+            sliding_window=1024,
+            use_bidirectional_attention="vision",
+        ),
+        parameters=30_697_345_340,
+        source=_COUNTED,
+    ),
+}

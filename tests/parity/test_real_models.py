@@ -10,7 +10,7 @@ import pytest
 
 from smoa_jax.checkpoint.names import tensor_slots
 from smoa_jax.models.params import abstract_params
-from tests.models.real_configs import REAL_MODELS
+from tests.models.real_configs import REAL_GEMMA4, REAL_MODELS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -22,14 +22,14 @@ every_model = pytest.mark.parametrize("name", REAL_MODELS)
 
 def oracle_config(name: str):
     """The text part of the file, as transformers understands it."""
-    fields = dict(REAL_MODELS[name].fields)
+    fields = dict((REAL_MODELS | REAL_GEMMA4)[name].fields)
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     return config.get_text_config()
 
 
-@every_model
+@pytest.mark.parametrize("name", REAL_MODELS | REAL_GEMMA4)
 def test_every_tensor_has_the_name_and_the_shape_of_transformers_own(name):
-    config = REAL_MODELS[name].config
+    config = (REAL_MODELS | REAL_GEMMA4)[name].config
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(oracle_config(name))
     theirs = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
