@@ -66,6 +66,12 @@ def test_random_params_depend_on_key_and_path_alone():
     assert not np.allclose(first, second)
 
 
+def test_random_params_begin_without_biases():
+    module = init_params(tiny.FAMILIES["smollm3"], jax.random.key(0))["layers"]["mlp"]["down_proj"]
+    assert not module["bias"].any()
+    assert module["kernel"].any()
+
+
 def test_logits_are_float32_in_every_compute_dtype():
     params = init_params(tiny.CONFIG, jax.random.key(0), jnp.bfloat16)
     tokens = tiny.tokens(2, 5)

@@ -60,7 +60,7 @@ def mistral_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def mistral_fields(config: DecoderConfig) -> dict[str, Any]:
-    return {**_common_fields(config), "sliding_window": config.sliding_window or None}
+    return {**_common_fields(config), "sliding_window": config.sliding_window}
 
 
 def qwen2_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
