@@ -22,12 +22,15 @@ from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.tree import apply_smoa, count_trainable, trainable_mask
 from smoa_jax.cli import main, parse_run
 from smoa_jax.models.params import abstract_params
+from smoa_jax.models.stacks import layer_stacks
 from smoa_jax.sharding.mesh import AXES, check_batch
 from smoa_jax.sharding.rules import check_heads, param_shardings
 from smoa_jax.training.config import RunConfig
-from tests.models.real_configs import REAL_MODELS, RealModel
+from tests.models.real_configs import REAL_GEMMA4, RealModel
+from tests.models.real_configs import REAL_MODELS as ONE_SHAPE
 
 ROOT = Path(__file__).parents[1]
+REAL_MODELS = ONE_SHAPE | REAL_GEMMA4
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -167,7 +170,8 @@ def test_the_comment_says_what_a_device_holds_and_the_run_fits_its_mesh(path):
             assert float(numbers.split()[0]) < float(capacity)
         mesh = run_mesh(config, int(devices))
         check_batch(mesh, config.train.batch_size // config.train.accumulate)
-        check_heads(model.config.num_heads, model.config.num_kv_heads, mesh)
+        for stack in layer_stacks(model.config):
+            check_heads(model.config.num_heads, stack.shape.num_kv_heads, mesh)
 
 
 @every_config

@@ -25,7 +25,7 @@ COMMANDS = {
 }
 
 _FIRST_PAGE = """\
-Fine-tunes Llama and Gemma models with high-rank adapters, in JAX.
+Fine-tunes Llama, Gemma and kindred models with high-rank adapters, in JAX.
 
 usage: smoa COMMAND [OPTION ...]
 
