@@ -40,12 +40,15 @@ class TurnShape:
             Empty where the template ends turns with none.
         token: That special token; empty where there is none.
         tail: All that is written behind the words; begins with ``end``.
+        primer: Written by a generation prompt alone, where a finished turn has nothing: the empty
+            thought that the larger Gemma 4 are shown when they are asked for a reply.
     """
 
     head: str
     end: str
     token: str
     tail: str
+    primer: str = ""
 
 
 def turn_shape(tokenizer: PreTrainedTokenizerFast) -> TurnShape:
@@ -62,6 +65,12 @@ def turn_shape(tokenizer: PreTrainedTokenizerFast) -> TurnShape:
         _OTHER_TEMPLATE,
     )
     prompt, whole = _probe(tokenizer)
+    primer = ""
+    if not whole.startswith(prompt):
+        pairs = zip(prompt, whole, strict=False)
+        shared = next((at for at, (one, other) in enumerate(pairs) if one != other), 0)
+        if whole[shared:].startswith(_REPLY):
+            prompt, primer = prompt[:shared], prompt[shared:]
     require(
         whole.startswith(prompt) and whole.count(_REPLY) == 1,
         "a chat template that does not write a reply once, behind its generation prompt",
@@ -73,9 +82,10 @@ def turn_shape(tokenizer: PreTrainedTokenizerFast) -> TurnShape:
         (tail.index(text), -len(text), text) for text in special_texts(tokenizer) if text in tail
     ]
     if not found:
-        return TurnShape(head=head, end=tail.rstrip(), token="", tail=tail)
+        return TurnShape(head=head, end=tail.rstrip(), token="", tail=tail, primer=primer)
     start, _, token = min(found)
-    return TurnShape(head=head, end=tail[: start + len(token)], token=token, tail=tail)
+    end = tail[: start + len(token)]
+    return TurnShape(head=head, end=end, token=token, tail=tail, primer=primer)
 
 
 def render_chat(

@@ -15,6 +15,7 @@ tokenising prompt and response in one go may merge across the seam.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
 from smoa_jax.checks import require_one_of
@@ -131,8 +132,10 @@ class ChatTemplate:
 
     Turn i's response is what the template writes for the messages up to turn i beyond what it
     writes, with a generation prompt, for those before; it ends with the token that ends a turn.
-    A template under which one is not a beginning of the other, or which ends a row's turns
-    otherwise than that of the simplest exchange, cannot be masked by position and is refused.
+    A template may write the last turn otherwise than earlier ones (Qwen 3 and the larger Gemma 4
+    put thoughts, or none, before the last reply alone): the row is then what a model would be given
+    for its last reply, and earlier ones are learned as they stand there. A template that cannot be
+    cut so, or which ends a row's turns otherwise than that of the simplest exchange, is refused.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -148,7 +151,8 @@ class ChatTemplate:
                 continue
             prompt, response = self._cut(messages[: index + 1], row.origin)
             if not prompt.startswith(written):
-                raise self._not_appending(row.origin, index)
+                pieces = self._seen_from_the_last(messages, row.origin)
+                break
             pieces.append(Piece(text=prompt[len(written) :]))
             pieces.append(Piece(text=response, trained=True))
             written = prompt + response
@@ -158,7 +162,9 @@ class ChatTemplate:
 
     def _cut(self, messages: tuple[Message, ...], origin: str) -> tuple[str, str]:
         """The text before the words of the last message, and that message with its turn's end."""
+        primer = self._shape.primer
         prompt = self._render(messages[:-1], origin, add_generation_prompt=True)
+        prompt = prompt.removesuffix(primer)
         whole = self._render(messages, origin, add_generation_prompt=False)
         # A space belongs to the word behind it; all else of a header the model is given.
         head = self._shape.head.rstrip(" ")
@@ -171,7 +177,42 @@ class ChatTemplate:
             or words_end < len(prompt)
         ):
             raise self._not_appending(origin, len(messages) - 1)
-        return prompt, whole[len(prompt) : words_end] + self._shape.end
+        return prompt + primer, whole[len(prompt) : words_end] + self._shape.end
+
+    def _seen_from_the_last(self, messages: tuple[Message, ...], origin: str) -> list[Piece]:
+        """The pieces of a row whose earlier turns are written otherwise once another follows.
+
+        Where they stand is found by writing marks in the place of their words.
+        """
+        replies = [at for at, message in enumerate(messages) if message.role == "assistant"]
+        *earlier, last = replies
+        prompt, response = self._cut(messages[: last + 1], origin)
+        marks = {at: f"mark/{at:06x}/" for at in earlier}
+        marked = tuple(
+            dataclasses.replace(message, content=marks.get(at, message.content))
+            for at, message in enumerate(messages[:last])
+        )
+        text = self._render(marked, origin, add_generation_prompt=True)
+        head = self._shape.head.rstrip(" ")  # what ``_cut`` has added, if it has
+        text += head if prompt.endswith(head) and not text.endswith(head) else ""
+        parts = re.split("|".join(map(re.escape, marks.values())), text)
+        end = self._shape.end
+        for words in (
+            [messages[at].content for at in earlier],
+            [messages[at].content.strip() for at in earlier],
+        ):
+            written = [part for pair in zip(parts, [*words, ""], strict=False) for part in pair]
+            if len(parts) == len(words) + 1 and "".join(written) == prompt:
+                break
+        else:
+            raise self._not_appending(origin, last)
+        if not all(part.startswith(end) for part in parts[1:]):
+            raise self._not_appending(origin, last)
+        pieces = [Piece(text=parts[0])]
+        for reply, part in zip(words, parts[1:], strict=True):
+            pieces.append(Piece(text=reply + end, trained=True))
+            pieces.append(Piece(text=part[len(end) :]))
+        return [*pieces, Piece(text=response, trained=True)]
 
     def _render(
         self, messages: tuple[Message, ...], origin: str, *, add_generation_prompt: bool

@@ -49,6 +49,15 @@ GEMMA2 = (
     "{{- raise_exception('System role not supported') }}{%- endif %}"
     "{%- set prefix = '' %}{%- set loop_messages = messages %}"
 ) + _GEMMA_TURNS
+#: Gemma 4: turns between two tokens of their own, a system turn among them.
+GEMMA4 = (
+    "{{- bos_token }}{%- for message in messages %}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{- '<|turn>' + role + '\\n' + message['content'] | trim + '<turn|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|turn>model\\n' }}{%- endif %}"
+)
+#: Its larger models are shown an empty thought where a reply is asked for, and nowhere else.
+GEMMA4_LARGE = GEMMA4.replace("<|turn>model\\n'", "<|turn>model\\n<|channel>thought\\n<channel|>'")
 #: Llama 2: one BOS and one EOS for every exchange, the system text inside the first instruction.
 LLAMA2 = (
     "{%- if messages[0]['role'] == 'system' %}"
@@ -137,7 +146,7 @@ def llama3(*texts: str, chat_template: str | None = LLAMA3) -> PreTrainedTokeniz
 def gemma(*texts: str, chat_template: str | None = GEMMA3) -> PreTrainedTokenizerFast:
     """As Gemma's models: BOS added, EOS is ``<eos>``, turns end with a token of their own."""
     return word_tokenizer(
-        "user model \n",
+        "user model system thought \n",
         *texts,
         special={
             "pad_token": "<pad>",
@@ -145,7 +154,10 @@ def gemma(*texts: str, chat_template: str | None = GEMMA3) -> PreTrainedTokenize
             "bos_token": "<bos>",
             "unk_token": "<unk>",
         },
-        extra_special=("<start_of_turn>", "<end_of_turn>"),
+        extra_special=(
+            *("<start_of_turn>", "<end_of_turn>"),
+            *("<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+        ),
         adds_bos=True,
         chat_template=chat_template,
     )

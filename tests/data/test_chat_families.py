@@ -81,6 +81,38 @@ def test_gemma3_trains_the_model_turns_and_opens_with_the_system_text():
     ]
 
 
+def test_gemma4_trains_the_model_turns_behind_a_system_turn():
+    tokenizer = families.gemma("be hi hello bye ciao", chat_template=families.GEMMA4)
+    row = conversation("hi", "hello", "bye", "ciao", system="be")
+    assert encoded(row, tokenizer) == [
+        *given("<bos>", "<|turn>", "system", "\n", "be", "<turn|>", "\n"),
+        *given("<|turn>", "user", "\n", "hi", "<turn|>", "\n", "<|turn>", "model", "\n"),
+        *learned("hello", "<turn|>"),
+        *given("\n", "<|turn>", "user", "\n", "bye", "<turn|>", "\n"),
+        *given("<|turn>", "model", "\n"),
+        *learned("ciao", "<turn|>"),
+    ]
+
+
+def test_a_large_gemma4_is_given_its_empty_thought():
+    tokenizer = families.gemma("hi hello bye ciao", chat_template=families.GEMMA4_LARGE)
+    thought = ["<|channel>", "thought", "\n", "<channel|>"]
+    assert encoded(conversation("hi", "hello"), tokenizer) == [
+        *given("<bos>", "<|turn>", "user", "\n", "hi", "<turn|>", "\n"),
+        *given("<|turn>", "model", "\n", *thought),
+        *learned("hello", "<turn|>"),
+    ]
+    # An earlier reply stands in the prompt for the last one without a thought.
+    assert encoded(conversation("hi", "hello", "bye", "ciao"), tokenizer) == [
+        *given("<bos>", "<|turn>", "user", "\n", "hi", "<turn|>", "\n"),
+        *given("<|turn>", "model", "\n"),
+        *learned("hello", "<turn|>"),
+        *given("\n", "<|turn>", "user", "\n", "bye", "<turn|>", "\n"),
+        *given("<|turn>", "model", "\n", *thought),
+        *learned("ciao", "<turn|>"),
+    ]
+
+
 def test_gemma2_refuses_a_system_message_in_its_own_words():
     tokenizer = families.gemma("be hi hello", chat_template=families.GEMMA2)
     assert encoded(conversation("hi", "hello"), tokenizer)[-2:] == learned("hello", "<end_of_turn>")
@@ -149,8 +181,15 @@ def test_qwen_3_is_given_its_empty_thoughts_and_learns_the_reply():
         *given("<|im_start|>", "assistant", "\n", "<think>", "\n", "\n", "</think>", "\n", "\n"),
         *learned("hello", "<|im_end|>"),
     ]
-    with pytest.raises(BadRowError, match=r"test row: .* its own text at message 4"):
-        encoded(conversation("hi", "hello", "bye", "ciao"), tokenizer)
+    # An earlier reply stands in the prompt for the last one without its thoughts.
+    assert encoded(conversation("hi", "hello", "bye", "ciao"), tokenizer) == [
+        *given("<|im_start|>", "user", "\n", "hi", "<|im_end|>", "\n"),
+        *given("<|im_start|>", "assistant", "\n"),
+        *learned("hello", "<|im_end|>"),
+        *given("\n", "<|im_start|>", "user", "\n", "bye", "<|im_end|>", "\n"),
+        *given("<|im_start|>", "assistant", "\n", "<think>", "\n", "\n", "</think>", "\n", "\n"),
+        *learned("ciao", "<|im_end|>"),
+    ]
 
 
 def test_mistral_trains_replies_with_their_spaces_and_eos():
@@ -211,8 +250,6 @@ def test_templates_that_cannot_be_cut_are_refused_when_asked_for(change, problem
         ("message['content'] | trim", "message['content'] if role == 'user' or loop.last else ''"),
         # Ends the turns of longer chats otherwise.
         ("'<end_of_turn>\\n' }}", "'<end_of_turn>\\n' if loop.length < 3 else '' }}"),
-        # Counts the messages at the beginning of the text.
-        ("{{- bos_token }}", "{{- bos_token + (messages | length > 2) | string }}"),
     ],
 )
 def test_a_chat_whose_mask_would_be_wrong_is_refused(change):
@@ -222,6 +259,21 @@ def test_a_chat_whose_mask_would_be_wrong_is_refused(change):
     assert encoded(conversation("a", "b"), tokenizer)[-2:] == learned("b", "<end_of_turn>")
     with pytest.raises(BadRowError, match=r"test row: .* its own text at message 4"):
         encoded(conversation("a", "b", "c", "d"), tokenizer)
+
+
+def test_a_row_is_what_a_model_is_given_for_its_last_reply():
+    template = families.GEMMA3.replace(
+        "{{- bos_token }}", "{{- bos_token + (messages | length > 2) | string }}"
+    )
+    tokenizer = families.gemma("True False a b c d", chat_template=template)
+    pairs = encoded(conversation("a", "b", "c", "d"), tokenizer)
+    assert pairs[:2] == given("<bos>", "True")
+    assert [token for token, trained in pairs if trained] == [
+        "b",
+        "<end_of_turn>",
+        "d",
+        "<end_of_turn>",
+    ]
 
 
 @pytest.mark.parametrize(

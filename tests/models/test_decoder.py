@@ -104,7 +104,7 @@ def test_packed_segments_equal_separate_rows(family):
     packed = tiny.apply(model, params, tokens, segment_ids=segments)[0]
     first = tiny.apply(model, params, tokens[:, :4])[0]
     second = tiny.apply(model, params, tokens[:, 4:])[0]
-    np.testing.assert_allclose(packed, np.concatenate([first, second]), atol=2e-6)
+    np.testing.assert_allclose(packed, np.concatenate([first, second]), atol=3e-5)
     whole = tiny.apply(model, params, tokens)[0]
     assert np.abs(np.asarray(packed - whole))[4:].max() > 1e-2
 

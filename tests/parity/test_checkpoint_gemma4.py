@@ -329,7 +329,11 @@ def exported_merged(tmp_path, source, **settings):
         layer_numbers=layer_numbers(base.config),
     )
     params = jax.tree.map(
-        lambda node: dataclasses.replace(node, b=node.b + 0.1) if is_modulation(node) else node,
+        lambda node: (
+            dataclasses.replace(node, b=node.b + 0.1 * (node.scale > 0)[:, None, None])
+            if is_modulation(node)
+            else node
+        ),
         apply_smoa(base.params, config, jax.random.key(0)),
         is_leaf=is_modulation,
     )
@@ -503,7 +507,10 @@ def test_the_text_part_of_a_multimodal_model_goes_back_where_it_was(tmp_path, un
 REFUSED = {
     "mixture": ({"enable_moe_block": True}, "enable_moe_block"),
     "bidirectional": ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
-    "table": ({"vocab_size_per_layer_input": 64}, "vocab_size_per_layer_input 64"),
+    "table": (
+        {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 12},
+        "vocab_size_per_layer_input 64",
+    ),
     "sharing": (
         {"layer_types": [GLOBAL, LOCAL, LOCAL], "num_hidden_layers": 3, "num_kv_shared_layers": 2},
         "num_kv_shared_layers 2 of 3",

@@ -98,7 +98,7 @@ def module_naming(hf_config: Mapping[str, Any]) -> ModuleName:
         settings["text_model"] = MULTIMODAL_TEXT_MODEL
     if len(stacks := layer_stacks(config_from_hf(hf_config))) > 1:
         settings["stacks"] = stacks
-    return functools.partial(decoder_module_name, **settings)
+    return functools.partial(decoder_module_name, **settings) if settings else decoder_module_name
 
 
 def plain_module_name(name: str) -> str:

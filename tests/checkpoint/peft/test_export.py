@@ -145,7 +145,7 @@ def test_a_module_that_is_not_our_decoders_needs_a_name():
 
 
 def test_the_decoder_of_a_multimodal_model_goes_by_whole_names(tmp_path):
-    naming = module_naming({"model_type": "gemma3"})
+    naming = module_naming({"model_type": "gemma3", "text_config": {}})
     assert naming(("lm_head",), None) == "lm_head"
     config = SmoaConfig.lora(2, target_modules=["q_proj"])
     _, fields, tensors = export(tmp_path, config, hf_module_name=naming)
