@@ -71,7 +71,46 @@ class Adapted(torch.nn.Module):
 
     def forward(self, x):
         change = self.scale * self.same * (self.b @ self.a.T)
-        return torch.nn.functional.linear(x, self.weight * (1 + change), self.bias)
+        weight = (self.weight.float() * (1 + change)).to(x.dtype)
+        return torch.nn.functional.linear(x, weight, self.bias)
+
+
+def our_gradients(base, params, dtype):
+    """The loss, and the gradients by layer and path: a and b of each."""
+    decoder = Decoder(base.config, dtype=dtype, remat="projections")
+
+    @jax.jit
+    def loss(trainable, frozen):
+        logits = decoder.apply({"params": combine(trainable, frozen)}, TOKENS[:, :-1])
+        chosen = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(chosen, TOKENS[:, 1:, None], axis=-1).mean()
+
+    value, gradient = jax.value_and_grad(loss)(*partition(params))
+    found = {
+        (path, layer): (np.asarray(node.a[index]), np.asarray(node.b[index]))
+        for layer, (stack, index) in enumerate(gemma4.places(gradient, base.config))
+        for path, node in adapted_modules(stack)
+    }
+    return float(value), found
+
+
+def their_gradients(model, base, params):
+    """The same of the torch model, whose linear layers are replaced."""
+    model.requires_grad_(False)
+    adapted = {}
+    for layer, (stack, index) in enumerate(gemma4.places(params, base.config)):
+        for path, node in adapted_modules(stack):
+            owner = model.model.layers[layer].get_submodule(".".join(path[:-1]))
+            new = Adapted(getattr(owner, path[-1]), node, index)
+            setattr(owner, path[-1], new)
+            adapted[path, layer] = new
+    logits = model(torch.tensor(TOKENS[:, :-1])).logits.float()
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), torch.tensor(TOKENS[:, 1:]).reshape(-1)
+    )
+    loss.backward()
+    found = {key: (module.a.grad.numpy(), module.b.grad.numpy()) for key, module in adapted.items()}
+    return float(loss.detach()), found
 
 
 @pytest.mark.parametrize(
@@ -83,39 +122,34 @@ def test_gradients_of_a_and_b_agree_with_torch(tmp_path, family):
     model.save_pretrained(tmp_path)
     base = load_base(tmp_path)
     params = with_random_b(apply_smoa(base.params, CONFIG, jax.random.key(0)))
-    decoder = Decoder(base.config, dtype=jnp.float32, remat="projections")
-
-    @jax.jit
-    def loss(trainable, frozen):
-        logits = decoder.apply({"params": combine(trainable, frozen)}, TOKENS[:, :-1])
-        chosen = jax.nn.log_softmax(logits)
-        return -jnp.take_along_axis(chosen, TOKENS[:, 1:, None], axis=-1).mean()
-
-    value, gradient = jax.value_and_grad(loss)(*partition(params))
-
-    model.requires_grad_(False)
-    adapted = {}
-    for layer, (stack, index) in enumerate(gemma4.places(params, base.config)):
-        for path, node in adapted_modules(stack):
-            owner = model.model.layers[layer].get_submodule(".".join(path[:-1]))
-            new = Adapted(getattr(owner, path[-1]), node, index)
-            setattr(owner, path[-1], new)
-            adapted[path, layer] = new
-    logits = model(torch.tensor(TOKENS[:, :-1])).logits
-    theirs = torch.nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), torch.tensor(TOKENS[:, 1:]).reshape(-1)
-    )
-    theirs.backward()
-
-    assert float(value) == pytest.approx(float(theirs.detach()), abs=1e-4)
+    value, ours = our_gradients(base, params, jnp.float32)
+    loss, theirs = their_gradients(model, base, params)
+    assert value == pytest.approx(loss, abs=1e-4)
     linear = sum(isinstance(module, torch.nn.Linear) for module in made(family).model.modules())
-    assert len(adapted) == linear - hasattr(model.model, "per_layer_model_projection")
-    gradients = gemma4.places(gradient, base.config)
-    for (path, layer), module in adapted.items():
-        stack, index = gradients[layer]
-        node = dict(adapted_modules(stack))[path]
-        for ours, parameter in ((node.a, module.a), (node.b, module.b)):
-            wanted = parameter.grad.numpy()
+    assert len(theirs) == linear - hasattr(model.model, "per_layer_model_projection")
+    assert ours.keys() == theirs.keys()
+    for key, pair in theirs.items():
+        for one, wanted in zip(ours[key], pair, strict=True):
             largest = np.abs(wanted).max()
             assert largest > 1e-5
-            np.testing.assert_allclose(ours[index], wanted, atol=2e-4 * largest)
+            np.testing.assert_allclose(one, wanted, atol=2e-4 * largest)
+
+
+def test_gradient_norms_of_a_gemma4_in_bf16_are_those_in_float32_and_torchs(tmp_path):
+    """Elsewhere LoRA's gradients on the 31B were reported with norms of 1e3 to 1e6."""
+    gemma4.torch_model("31b").save_pretrained(tmp_path)
+    norms = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        base = load_base(tmp_path, dtype)
+        params = with_random_b(apply_smoa(base.params, CONFIG, jax.random.key(0)))
+        model = gemma4.torch_model("31b").to(getattr(torch, jnp.dtype(dtype).name))
+        for found in (
+            our_gradients(base, params, dtype)[1],
+            their_gradients(model, base, params)[1],
+        ):
+            norms.append({key: [np.linalg.norm(one) for one in found[key]] for key in found})
+    exact, *others = (np.asarray([found[key] for key in sorted(norms[0])]) for found in norms)
+    assert exact.max() < 10
+    for found in others:
+        np.testing.assert_allclose(found, exact, rtol=0.25)
+        assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(exact), rel=0.05)

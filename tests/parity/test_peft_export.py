@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,14 @@ from smoa_jax import SmoaConfig, apply_smoa, merge_smoa
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import Blocks
 from smoa_jax.checkpoint.base import load_base
+from smoa_jax.checkpoint.names import layer_numbers
 from smoa_jax.checkpoint.peft.export import export_peft
+from smoa_jax.checkpoint.peft.load import import_peft
+from smoa_jax.checkpoint.peft.names import module_naming
 from smoa_jax.models.decoder import Decoder
+from tests.parity import peft_models
 from tests.parity import test_checkpoint_gemma as gemma
+from tests.parity import test_checkpoint_gemma4 as gemma4
 from tests.parity import test_checkpoint_neighbours as neighbours
 from tests.parity.peft_models import TOKENS, peft_logits, write_llama
 
@@ -112,6 +119,56 @@ def test_peft_gives_the_adapted_logits(checkpoint, forward, tmp_path, name, recw
     assert written["peft_type"] == ("HIRA" if config.modulation == "weight" else "LORA")
 
 
+def adapter_logits(base, params):
+    """With the adapter, and without."""
+    apply = jax.jit(Decoder(base.config, dtype=jnp.float32).apply)
+    return [
+        np.asarray(apply({"params": tree}, jnp.asarray(TOKENS))) for tree in (params, base.params)
+    ]
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIGS["two_blocks"], CONFIGS["melora"]], ids=["smoa", "melora"]
+)
+@pytest.mark.parametrize("kind", ["e2b", "31b", "layers", "multimodal"])
+def test_peft_opens_the_adapter_of_a_gemma4(tmp_path, kind, config, monkeypatch):
+    """Of every stack, of some layers alone, and of the text part of a multimodal one."""
+    for module in (peft_models, sys.modules[__name__]):  # none of the images' and sounds' tokens
+        monkeypatch.setattr(module, "TOKENS", TOKENS % 88)
+    made = (
+        gemma4.multimodal_model(unified=False)
+        if kind == "multimodal"
+        else gemma4.torch_model("31b" if kind == "layers" else kind)
+    )
+    made.save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base")
+    config = dataclasses.replace(
+        config,
+        layers=(1, 3, 6) if kind == "layers" else (),
+        layer_numbers=layer_numbers(base.config),
+    )
+    params = trained(copied(apply_smoa(base.params, config, jax.random.key(1))))
+    naming = module_naming(base.hf_config)
+    directory = export_peft(
+        params, config, tmp_path / "peft", base_model_name="tiny", hf_module_name=naming
+    )
+    ours, plain = adapter_logits(base, params)
+    theirs, num_adapted = peft_logits(tmp_path / "base", directory)
+    assert np.abs(theirs - ours).max() < 1e-4
+    assert np.abs(theirs - plain).max() > 0.1
+    expected = {"e2b": 15 * 3 + 9 * 2, "31b": 8 * 4 + 6, "layers": 3 * 4 + 2}
+    expected["multimodal"] = expected["e2b"]
+    assert num_adapted == expected[kind]  # global layers of a 31B have no v_proj, nor shared ones k
+    back, found = import_peft(
+        directory,
+        base.params,
+        hf_module_name=naming,
+        layer_numbers=layer_numbers(base.config),
+    )
+    assert found.layers == config.layers
+    np.testing.assert_allclose(adapter_logits(base, back)[0], ours, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", *neighbours.NEIGHBOURS])
 @pytest.mark.parametrize(
     "config", [CONFIGS["two_blocks"], CONFIGS["melora"]], ids=["smoa", "melora"]
@@ -122,10 +179,7 @@ def test_peft_opens_the_adapter_of_each_family(tmp_path, family, config):
     base = load_base(tmp_path / "base")
     params = trained(copied(apply_smoa(base.params, config, jax.random.key(1))))
     directory = export_peft(params, config, tmp_path / "peft", base_model_name=family)
-    apply = jax.jit(Decoder(base.config, dtype=jnp.float32).apply)
-    ours, plain = (
-        np.asarray(apply({"params": tree}, jnp.asarray(TOKENS))) for tree in (params, base.params)
-    )
+    ours, plain = adapter_logits(base, params)
     theirs, num_adapted = peft_logits(tmp_path / "base", directory)
     assert np.abs(theirs - ours).max() < 1e-4
     assert np.abs(theirs - plain).max() > 0.1
