@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,11 @@ from smoa_jax.checks import require
 
 @dataclasses.dataclass(frozen=True)
 class MatmulSharding:
-    """Where the operands of a product lie on a mesh, so that its backward sums only factors.
+    """Where the operands of a product lie on a mesh, so that it moves no more than a plain one.
+
+    Each device then forms the residual by itself, from its columns (or rows) of W, gathered once,
+    and from factors; the backward sums only factors across devices. Without it the compiler gathers
+    W and the residual both, and sums a dense weight gradient.
 
     Args:
         mesh: The device mesh.
@@ -51,6 +56,21 @@ class MatmulSharding:
     batch: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductShardings:
+    """Where the operands of a model's products lie, by the name of the module; hashable.
+
+    Args:
+        by_name: Name and sharding of each; the compiler chooses for those that aren't here.
+    """
+
+    by_name: tuple[tuple[str, MatmulSharding], ...] = ()
+
+    def of(self, name: str | None) -> MatmulSharding | None:
+        """That of a module; None leaves it to the compiler."""
+        return next((sharding for known, sharding in self.by_name if known == name), None)
 
 
 def modulated_matmul(
@@ -74,7 +94,7 @@ def modulated_matmul(
         modulation: The node beside that kernel, without a leading layer axis.
         dropout_key: Key for dropout on the input of the adapter's path alone; None: no dropout.
         sharding: Mesh and axes of the operands (``MatmulSharding`` of this module); None leaves the
-            partitioning to the compiler, which then sums a dense weight gradient across devices.
+            partitioning to the compiler.
 
     Returns:
         ``(..., O)`` in x's dtype, both products accumulated in float32 and rounded once. Kernels
@@ -86,6 +106,8 @@ def modulated_matmul(
     if modulation.view:
         return _viewed_matmul(x, kernel, modulation, dropout_key, sharding)
     _check_shapes(x, kernel, modulation)
+    if sharding is not None:
+        _check_rows(x, sharding)
     if modulation.dropout == 0.0:
         dropout_key = None
     return _product(sharding, x, kernel, modulation, dropout_key)
@@ -125,11 +147,22 @@ def _product(
         scaled = (hidden * _f32(modulation.scale)).astype(x.dtype)
         update = contract(scaled, b.astype(x.dtype), -1, 1)
         return (contract(x, kernel.astype(x.dtype), -1, 0) + update).astype(x.dtype)
+    inputs = (x,) if dropout_key is None else (x, dropped)
+    if sharding is None:
+        return _weight_modulated(inputs, kernel, modulation).astype(x.dtype)
+    return _product_on_mesh(sharding, inputs, kernel, modulation)
+
+
+def _weight_modulated(
+    inputs: tuple[Float[Array, "... I"], ...], kernel: Float[Array, "I O"], modulation: Modulation
+) -> Float[Array, "... O"]:
+    """``x W + x~ (W' - W)`` in float32; ``inputs`` are x and, where it differs, x~."""
+    x, dropped = inputs[0], inputs[-1]
     change = residual(kernel, modulation)
-    if dropout_key is None and x.dtype == jnp.float32:  # y = x W'
+    if len(inputs) == 1 and x.dtype == jnp.float32:  # y = x W'
         return contract(x, kernel.astype(jnp.float32) + change, -1, 0)
     frozen = contract(x, kernel.astype(x.dtype), -1, 0)
-    return (frozen + contract(dropped, change.astype(x.dtype), -1, 0)).astype(x.dtype)
+    return frozen + contract(dropped, change.astype(x.dtype), -1, 0)
 
 
 def _product_forward(sharding, x, kernel, modulation, dropout_key):
@@ -144,11 +177,14 @@ def _product_backward(sharding, saved, cotangent):
     (x_perturbed, kernel_perturbed), (x, kernel, modulation, dropout_key) = saved
     dy = instantiate(cotangent)
     dropped = _dropout(x, dropout_key, modulation.dropout)
-    dx = _input_gradient(kernel, modulation, dropout_key, dy) if x_perturbed else None
-    if modulation.weight_modulated:
-        da, db = _factor_gradients_on_mesh(sharding, dropped, kernel, modulation, dy)
+    if modulation.weight_modulated and sharding is not None:
+        num_paths = 0 if not x_perturbed else 1 if dropout_key is None else 2
+        paths, da, db = _gradients_on_mesh(sharding, dropped, kernel, modulation, dy, num_paths)
+        dx = _joined(paths, dropout_key, modulation, dy.dtype) if x_perturbed else None
     else:
-        da, db = _low_rank_gradients(dropped, modulation, dy)
+        dx = _input_gradient(kernel, modulation, dropout_key, dy) if x_perturbed else None
+        gradients = _factor_gradients if modulation.weight_modulated else _low_rank_gradients
+        da, db = gradients(dropped, kernel, modulation, dy)
     dkernel = None
     if kernel_perturbed:
         dkernel = _kernel_gradient(x, dropped, kernel, modulation, dy)
@@ -172,19 +208,46 @@ def _input_gradient(
         a, b = spread_factors(modulation)
         hidden = contract(dy, b.astype(dtype), -1, 0) * _f32(modulation.scale)
         path = contract(hidden.astype(dtype), a.astype(dtype), -1, 1)
-    elif dropout_key is None:  # dx = dy W'^T
-        merged = kernel.astype(jnp.float32) + residual(kernel, modulation)
-        return contract(dy, merged.astype(dtype), -1, 1).astype(dtype)
+        paths = (contract(dy, kernel.astype(dtype), -1, 1), path)
     else:
-        path = contract(dy, residual(kernel, modulation).astype(dtype), -1, 1)
-    path = _dropout(path, dropout_key, modulation.dropout)
-    return (contract(dy, kernel.astype(dtype), -1, 1) + path).astype(dtype)
+        num_paths = 1 if dropout_key is None else 2
+        paths = _weight_modulated_paths(kernel, modulation, dy, num_paths)
+    return _joined(paths, dropout_key, modulation, dtype)
+
+
+def _joined(
+    paths: tuple[Float[Array, "... I"], ...],
+    dropout_key: Key[Array, ""] | None,
+    modulation: Modulation,
+    dtype: Any,
+) -> Float[Array, "... I"]:
+    """dx of its one path, or of the frozen weight's and the adapter's."""
+    if len(paths) > 1:
+        paths = (paths[0], _dropout(paths[1], dropout_key, modulation.dropout))
+    return functools.reduce(jnp.add, paths).astype(dtype)
+
+
+def _weight_modulated_paths(
+    kernel: Float[Array, "I O"], modulation: Modulation, dy: Float[Array, "... O"], num_paths: int
+) -> tuple[Float[Array, "... I"], ...]:
+    """Of dx in float32: none, ``(dy W'^T,)``, or ``(dy W^T, dy (W' - W)^T)``."""
+    if not num_paths:
+        return ()
+    change, dtype = residual(kernel, modulation), dy.dtype
+    if num_paths == 1:
+        weight = (kernel.astype(jnp.float32) + change).astype(dtype)
+        return (contract(dy, weight, -1, 1),)
+    return contract(dy, kernel.astype(dtype), -1, 1), contract(dy, change.astype(dtype), -1, 1)
 
 
 def _low_rank_gradients(
-    dropped: Float[Array, "... I"], modulation: Modulation, dy: Float[Array, "... O"]
+    dropped: Float[Array, "... I"],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dy: Float[Array, "... O"],
 ) -> tuple[Float[Array, "I R"], Float[Array, "O R"]]:
     """``dA = s x~^T (dy B)``, ``dB = s dy^T (x~ A)``: nothing weight-sized is formed."""
+    del kernel
     a, b = spread_factors(modulation)
     scale, dtype = _f32(modulation.scale), dropped.dtype
     da = scale * contract_leading(dropped, contract(dy, b.astype(dtype), -1, 0).astype(dtype))
@@ -215,43 +278,6 @@ def _factor_gradients(
     return das[0], dbs[0]
 
 
-def _factor_gradients_on_mesh(
-    sharding: MatmulSharding | None,
-    dropped: Float[Array, "... I"],
-    kernel: Float[Array, "I O"],
-    modulation: Modulation,
-    dy: Float[Array, "... O"],
-) -> tuple[Float[Array, "*M I R"], Float[Array, "*M O R"]]:
-    """The same from each device's own rows and columns, summed where they meet: dA over batch and
-    outputs, dB over batch and inputs. Without a sharding the compiler chooses."""
-    if sharding is None:
-        return _factor_gradients(dropped, kernel, modulation, dy)
-    batch, inputs, outputs = (
-        axes or None for axes in (sharding.batch, sharding.inputs, sharding.outputs)
-    )
-    middle = (None,) * (dropped.ndim - 2)
-    node_specs = modulation_specs(modulation, None, inputs, outputs)
-
-    def local(dropped, kernel, modulation, dy):
-        da, db = _factor_gradients(dropped, kernel, modulation, dy)
-        da_axes, db_axes = sharding.batch + sharding.outputs, sharding.batch + sharding.inputs
-        da = jax.lax.psum(da, da_axes) if da_axes else da
-        return da, jax.lax.psum(db, db_axes) if db_axes else db
-
-    return jax.shard_map(
-        local,
-        mesh=sharding.mesh,
-        in_specs=(
-            PartitionSpec(batch, *middle, inputs),
-            PartitionSpec(inputs, outputs),
-            node_specs,
-            PartitionSpec(batch, *middle, outputs),
-        ),
-        out_specs=(node_specs.a, node_specs.b),
-        check_vma=False,
-    )(dropped, kernel, modulation, dy)
-
-
 def _kernel_gradient(
     x: Float[Array, "... I"],
     dropped: Float[Array, "... I"],
@@ -271,6 +297,89 @@ def _kernel_gradient(
         path = gradient if dropped is x else contract_leading(dropped, dy)
         gradient = gradient + path * factor
     return gradient.astype(kernel.dtype)
+
+
+# ----------------------------------------------------------------------------------- on a mesh
+#
+# Each device multiplies its own rows by its own columns (or rows) of W. What a product sums over is
+# then summed across devices in float32: y over W's inputs, dx over its outputs, dA over the batch
+# and W's outputs, dB over the batch and W's inputs.
+
+
+def _product_on_mesh(
+    sharding: MatmulSharding,
+    inputs: tuple[Float[Array, "... I"], ...],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+) -> Float[Array, "... O"]:
+    """``_weight_modulated`` of each device's part, in x's dtype."""
+    specs = _specs(sharding, inputs[0].ndim, modulation)
+    dtype = inputs[0].dtype
+
+    def local(inputs, kernel, modulation):
+        y = _weight_modulated(inputs, kernel, modulation)
+        return _sum(y, sharding.inputs).astype(dtype)
+
+    return jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=((specs.x,) * len(inputs), specs.kernel, specs.modulation),
+        out_specs=specs.y,
+        check_vma=False,
+    )(inputs, kernel, modulation)
+
+
+def _gradients_on_mesh(
+    sharding: MatmulSharding,
+    dropped: Float[Array, "... I"],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dy: Float[Array, "... O"],
+    num_paths: int,
+) -> tuple[tuple[Float[Array, "... I"], ...], Float[Array, "*M I R"], Float[Array, "*M O R"]]:
+    """The paths of dx (``_weight_modulated_paths``), dA and dB, of W gathered once for all."""
+    specs = _specs(sharding, dropped.ndim, modulation)
+
+    def local(dropped, kernel, modulation, dy):
+        paths = _weight_modulated_paths(kernel, modulation, dy, num_paths)
+        da, db = _factor_gradients(dropped, kernel, modulation, dy)
+        paths = tuple(_sum(path, sharding.outputs) for path in paths)
+        da = _sum(da, sharding.batch + sharding.outputs)
+        return paths, da, _sum(db, sharding.batch + sharding.inputs)
+
+    return jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=(specs.x, specs.kernel, specs.modulation, specs.y),
+        out_specs=((specs.x,) * num_paths, specs.modulation.a, specs.modulation.b),
+        check_vma=False,
+    )(dropped, kernel, modulation, dy)
+
+
+class _Specs(NamedTuple):
+    """How the operands of a product are divided over a mesh."""
+
+    x: PartitionSpec
+    kernel: PartitionSpec
+    y: PartitionSpec
+    modulation: Any
+
+
+def _specs(sharding: MatmulSharding, ndim: int, modulation: Modulation) -> _Specs:
+    batch, inputs, outputs = (
+        axes or None for axes in (sharding.batch, sharding.inputs, sharding.outputs)
+    )
+    middle = (None,) * (ndim - 2)
+    return _Specs(
+        x=PartitionSpec(batch, *middle, inputs),
+        kernel=PartitionSpec(inputs, outputs),
+        y=PartitionSpec(batch, *middle, outputs),
+        modulation=modulation_specs(modulation, None, inputs, outputs),
+    )
+
+
+def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(value, axes) if axes else value
 
 
 # ------------------------------------------------------------------------- parts of the formula
@@ -345,6 +454,16 @@ def _viewed_matmul(x, kernel, modulation, dropout_key, sharding):
     flat = x.reshape(*leading, modulation.a.shape[-2])
     y = modulated_matmul(flat, view.to_matrix(kernel), plain, dropout_key, sharding)
     return y.reshape(*leading, *outputs)
+
+
+def _check_rows(x: jax.Array, sharding: MatmulSharding) -> None:
+    parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.batch)
+    require(
+        x.ndim >= 2 and x.shape[0] % parts == 0,
+        f"x{x.shape} over {'+'.join(sharding.batch)}={parts}",
+        f"rows first, a multiple of {parts}",
+        "fill the batch up, or give no sharding",
+    )
 
 
 def _check_shapes(x: jax.Array, kernel: jax.Array, modulation: Modulation) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from smoa_jax.adapter.modulation import ProductShardings
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.layers import Linear, RMSNorm, soft_cap, unit_rms
 from smoa_jax.models.rope import RopeTables, apply_rope, turned_where
@@ -156,12 +157,14 @@ class SelfAttention(nn.Module):
         shape: Of this layer.
         constrain: As the decoder has it.
         fused: Likewise.
+        products: Likewise.
     """
 
     config: DecoderConfig
     shape: LayerShape
     constrain: Constrain
     fused: FusedAttention | None = None
+    products: ProductShardings = ProductShardings()
 
     @nn.compact
     def __call__(
@@ -205,7 +208,8 @@ class SelfAttention(nn.Module):
         width = config.num_heads * head_dim
         flat = attended.reshape((*attended.shape[:2], width))
         bias = config.attention_bias == "all"
-        change = Linear(width, config.embed_dim, bias=bias, name="o_proj")(flat)
+        output = Linear(width, config.embed_dim, bias=bias, products=self.products, name="o_proj")
+        change = output(flat)
         return change, caches, (key, value)
 
     def _keys_values(self, x: jax.Array, rope: RopeTables) -> KeysValues:
@@ -225,7 +229,10 @@ class SelfAttention(nn.Module):
     def _heads(self, x: jax.Array, name: str, count: int) -> Float[Array, "B T N H"]:
         config, head_dim = self.config, self.shape.head_dim
         bias = config.attention_bias != "none"
-        flat = Linear(config.embed_dim, count * head_dim, bias=bias, name=name)(x)
+        projection = Linear(
+            config.embed_dim, count * head_dim, bias=bias, products=self.products, name=name
+        )
+        flat = projection(x)
         if config.wide_qk_norm and name != "v_proj":
             flat = self._norm(flat, name.replace("proj", "norm"), count * head_dim)
         return flat.reshape((*flat.shape[:2], count, head_dim))

@@ -43,6 +43,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from smoa_jax.adapter.modulation import ProductShardings
 from smoa_jax.checks import require
 from smoa_jax.models.attention import (
     AttentionContext,
@@ -97,16 +98,18 @@ class MLP(nn.Module):
     config: DecoderConfig
     inner_dim: int
     constrain: Constrain
+    products: ProductShardings = ProductShardings()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         outer, inner = self.config.embed_dim, self.inner_dim
         bias = self.config.mlp_bias
-        gate = Linear(outer, inner, bias=bias, name="gate_proj")(x)
-        up = Linear(outer, inner, bias=bias, name="up_proj")(x)
+        linear = functools.partial(Linear, bias=bias, products=self.products)
+        gate = linear(outer, inner, name="gate_proj")(x)
+        up = linear(outer, inner, name="up_proj")(x)
         product = ACTIVATION_FUNCTIONS[self.config.activation](gate) * up
         product = self.constrain(product, ("batch", "time", "mlp"))
-        return Linear(inner, outer, bias=bias, name="down_proj")(product)
+        return linear(inner, outer, name="down_proj")(product)
 
 
 class DecoderLayer(nn.Module):
@@ -117,6 +120,7 @@ class DecoderLayer(nn.Module):
         shape: Of this layer.
         constrain: As the decoder has it.
         fused: Likewise.
+        products: Likewise.
         returns_kv: Whether to return the keys and values too, for layers that share them.
     """
 
@@ -124,6 +128,7 @@ class DecoderLayer(nn.Module):
     shape: LayerShape
     constrain: Constrain
     fused: FusedAttention | None = None
+    products: ProductShardings = ProductShardings()
     returns_kv: bool = False
 
     @nn.compact
@@ -149,14 +154,16 @@ class DecoderLayer(nn.Module):
         x, caches = carry
         config, constrain = self.config, self.constrain
         before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
-        attention = SelfAttention(config, self.shape, constrain, self.fused, name="self_attn")
+        attention = SelfAttention(
+            config, self.shape, constrain, self.fused, self.products, name="self_attn"
+        )
         normed = self._norm(x, "input_layernorm") if config.pre_norms else x
         change, caches, kv = attention(normed, context, layer, local, caches, shared)
         if config.post_norms:
             change = self._norm(change, "post_attention_layernorm")
         x = constrain(x + change, ("batch", "time", "embed"))
         normed = self._norm(x, f"{before_mlp}_layernorm") if config.pre_norms else x
-        change = MLP(config, self.shape.mlp_dim, constrain, name="mlp")(normed)
+        change = MLP(config, self.shape.mlp_dim, constrain, self.products, name="mlp")(normed)
         if config.post_norms:
             change = self._norm(change, "post_feedforward_layernorm")
         x = constrain(x + change, ("batch", "time", "embed"))
@@ -170,9 +177,10 @@ class DecoderLayer(nn.Module):
     def _heard(self, x: jax.Array, told: jax.Array) -> Float[Array, "B T D"]:
         """What a layer makes of what it is told of each token."""
         config = self.config
-        gate = Linear(config.embed_dim, config.per_layer_dim, name="per_layer_input_gate")(x)
+        linear = functools.partial(Linear, products=self.products)
+        gate = linear(config.embed_dim, config.per_layer_dim, name="per_layer_input_gate")(x)
         heard = ACTIVATION_FUNCTIONS[config.activation](gate) * told
-        change = Linear(config.per_layer_dim, config.embed_dim, name="per_layer_projection")(heard)
+        change = linear(config.per_layer_dim, config.embed_dim, name="per_layer_projection")(heard)
         return self._norm(change, "post_per_layer_input_norm")
 
     def _norm(self, x: jax.Array, name: str) -> Float[Array, "B T D"]:
@@ -215,6 +223,8 @@ class Decoder(nn.Module):
         constrain: called on activations with their logical axes, for sharding.
         fused: attention of whole sequences, where the platform has a kernel for it; None is XLA's
             own. Generation with a cache never uses it.
+        products: where the operands of adapted products lie on a mesh, so that they move no more
+            than plain ones; without it the compiler chooses.
     """
 
     config: DecoderConfig
@@ -222,6 +232,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     constrain: Constrain = no_constraint
     fused: FusedAttention | None = None
+    products: ProductShardings = ProductShardings()
 
     def setup(self) -> None:
         config = self.config
@@ -251,7 +262,12 @@ class Decoder(nn.Module):
         policy = REMAT_POLICIES[self.remat] if self.remat != "none" else None
         if len(stacks) > 1:
             make = functools.partial(
-                DecoderLayer, config, constrain=self.constrain, fused=self.fused, parent=None
+                DecoderLayer,
+                config,
+                constrain=self.constrain,
+                fused=self.fused,
+                products=self.products,
+                parent=None,
             )
             return LayerSections(config, make, policy)
         only = next(iter(stacks))
@@ -266,7 +282,7 @@ class Decoder(nn.Module):
             in_axes=in_axes,
             length=config.num_layers,
         )
-        return stack(config, only.shape, self.constrain, self.fused)
+        return stack(config, only.shape, self.constrain, self.fused, self.products)
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from smoa_jax.adapter.modulation import modulated_matmul
+from smoa_jax.adapter.modulation import ProductShardings, modulated_matmul
 from smoa_jax.adapter.products import dense_matmul
 from smoa_jax.adapter.types import SMOA_KEY
 
@@ -66,13 +66,15 @@ class Linear(nn.Module):
 
     The product is in x's dtype, and so is the result, unless ``wide`` asks for the float32
     accumulator. ``bias`` adds one, which no adapter touches. Dropout on the adapter's path happens
-    when the modulation asks for it and the caller gives a ``dropout`` key.
+    when the modulation asks for it and the caller gives a ``dropout`` key. On a mesh ``products``
+    says where the operands lie.
     """
 
     input_dim: int
     output_dim: int
     wide: bool = False
     bias: bool = False
+    products: ProductShardings = ProductShardings()
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -84,7 +86,8 @@ class Linear(nn.Module):
             dropping = modulation.dropout > 0 and self.has_rng("dropout")
             key = self.make_rng("dropout") if dropping else None
             x = x.astype(jnp.float32) if self.wide else x
-            result = modulated_matmul(x, kernel, modulation, dropout_key=key)
+            where = self.products.of(self.name)
+            result = modulated_matmul(x, kernel, modulation, dropout_key=key, sharding=where)
         else:
             result = wide_matmul(x, kernel) if self.wide else dense_matmul(x, kernel)
         if self.bias:

@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from smoa_jax.adapter.modulation import MatmulSharding, ProductShardings
 from smoa_jax.adapter.placement import modulation_shardings
-from smoa_jax.adapter.targets import lookup
+from smoa_jax.adapter.targets import KERNEL_KEY, lookup, walk
 from smoa_jax.adapter.tree import kernel_key
 from smoa_jax.adapter.types import Params, is_modulation
 from smoa_jax.checks import require
@@ -100,6 +101,41 @@ def param_shardings(params: Params, mesh: Mesh, rules: Rules = DECODER_RULES) ->
         return modulation_shardings(leaf, sharding((*keys[:-1], kernel), module[kernel]))
 
     return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_modulation)
+
+
+def product_shardings(params: Params, mesh: Mesh, rules: Rules = DECODER_RULES) -> ProductShardings:
+    """Where the operands of the layers' products lie, from the rules of their kernels.
+
+    A product's rows are divided over the batch axes, so a kernel is whole over those when it meets
+    them; over what remains (``tensor``) its inputs and outputs, and x's and y's last axes, stay
+    divided. A name that different rules give different axes is left to the compiler.
+
+    Args:
+        params: Of the base, abstract or not; layers' kernels are ``(L, I, O)``.
+        mesh: The device mesh.
+        rules: As ``param_shardings`` takes them.
+    """
+    if mesh.size == 1:
+        return ProductShardings()
+    found: dict[str, set[MatmulSharding]] = {}
+    for path, sharding in walk(param_shardings(params, mesh, rules)):
+        if path[-1] == KERNEL_KEY and len(lookup(params, path).shape) == 3:
+            inputs, outputs = (_divided(axes, mesh) for axes in sharding.spec[1:])
+            where = MatmulSharding(
+                mesh,
+                batch=_divided(BATCH_AXES, mesh),
+                inputs=tuple(axis for axis in inputs if axis not in BATCH_AXES),
+                outputs=tuple(axis for axis in outputs if axis not in BATCH_AXES),
+            )
+            found.setdefault(path[-2], set()).add(where)
+    agreed = {name: next(iter(ways)) for name, ways in found.items() if len(ways) == 1}
+    return ProductShardings(tuple(sorted(agreed.items(), key=lambda item: item[0])))
+
+
+def _divided(axes: str | tuple[str, ...] | None, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that do divide one dimension: a sum over one device would still be sent."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(name for name in names if mesh.shape[name] > 1)
 
 
 def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:

@@ -25,6 +25,7 @@ from smoa_jax.sharding.rules import (
     activation_constraint,
     check_heads,
     param_shardings,
+    product_shardings,
 )
 from smoa_jax.training.config import RunConfig
 
@@ -116,6 +117,7 @@ def make_decoder(config: RunConfig, base: AbstractBase, mesh: Mesh) -> Decoder:
         dtype=dtype,
         remat=config.model.remat,
         constrain=activation_constraint(mesh),
+        products=product_shardings(base.params, mesh, config.model.sharding_rules),
         fused=choose_attention(
             config.model.attention,
             base.config,

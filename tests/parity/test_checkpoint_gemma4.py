@@ -530,3 +530,32 @@ def test_what_is_not_implemented_is_refused_by_name(case):
     config_from_hf(fields)
     with pytest.raises(CheckpointError, match=named):
         config_from_hf({**fields, **changes})
+
+
+def test_beams_over_shared_keys_equal_transformers(tmp_path):
+    model = torch_model("e2b")
+    model.save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    eos_ids = (3, 9, 11, 14, 17, 20, 23)
+    made = generate(
+        Decoder(base.config, dtype=jnp.float32),
+        base.params,
+        TOKENS,
+        [24, 5],
+        GenerationConfig(max_new_tokens=10, eos_ids=eos_ids, num_beams=3),
+    )
+    for row, length in enumerate([24, 5]):
+        text = torch.tensor(TOKENS[row : row + 1, :length])
+        wanted = model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            max_new_tokens=10,
+            do_sample=False,
+            num_beams=3,
+            early_stopping="never",
+            eos_token_id=list(eos_ids),
+            pad_token_id=0,
+        )[0, length:].tolist()
+        count = int(made.lengths[row])
+        assert np.asarray(made.tokens)[row, :count].tolist() == wanted[:count]
+        assert set(wanted[count:]) <= {0}
