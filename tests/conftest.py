@@ -3,8 +3,10 @@
 The environment is set before JAX is imported: afterwards it would silently have no effect.
 """
 
+import gc
 import os
 import sys
+from pathlib import Path
 
 from tests.processes import compilation_cache, xla_flags
 
@@ -23,9 +25,25 @@ os.environ["SMOA_JAX_CACHE"] = "off"  # what a test plans is its own
 
 import jax
 import jaxtyping
+import pytest
 
 import tests.shapes  # noqa: F401 (the hook looks the checker up by name)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Before the package is imported: what its annotations say of shapes holds in every test.
 jaxtyping.install_import_hook(["smoa_jax.adapter", "smoa_jax.models"], "tests.shapes.check_shapes")
+
+#: Of memory, above which a worker forgets what it has compiled; two had grown to 7 GiB each.
+LARGEST_WORKER = 3 * 2**30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Let go of compiled programs between modules; the cache on disk has them still."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if resident > LARGEST_WORKER:
+            jax.clear_caches()
+            gc.collect()

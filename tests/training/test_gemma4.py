@@ -87,7 +87,6 @@ def test_a_step_over_three_mesh_axes_is_that_of_one_device(tmp_path, kind, monke
     base = write_base(tmp_path / "base", **KINDS[kind])
     is_e2b = kind == "e2b"
     settings = {
-        "model_remat": "projections",
         "adapter_target_modules": ["q_proj", "up_proj", "per_layer_projection"][: 2 + is_e2b],
         "optimizer_max_warmup_share": 0.0,
     }
@@ -110,7 +109,8 @@ def adapted(tree):
     return [node for node in jax.tree.leaves(tree, is_leaf=is_modulation) if is_modulation(node)]
 
 
-def test_layers_of_the_configuration_are_the_models_own(tmp_path):
+def test_layers_of_the_configuration_are_the_models_own(tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
     base = write_base(tmp_path / "base", **KINDS["31b"])
     run(run_config(base, tmp_path / "run", train_steps=2, adapter_layers=(1, 5)))
     found = read_adapter(tmp_path / "run" / "adapter")
