@@ -94,7 +94,7 @@ class CacheEntry:
             os.replace(temporary, self._path)
         except OSError as error:  # a full disk or a home that is read-only stops no run
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                temporary.unlink()
             warnings.warn(
                 f"the spectrum of {self._name} cannot be kept in {self._path.parent} ({error}); it "
                 "is used all the same; SMOA_JAX_CACHE names another directory, or says off",
