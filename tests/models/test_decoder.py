@@ -227,8 +227,8 @@ def test_dropout_needs_a_key_and_a_rate_and_differs_by_layer_and_kernel():
 def test_dropout_keys_differ_from_layer_to_layer_and_kernel_to_kernel(monkeypatch):
     seen = []
 
-    def record(x, kernel, modulation, dropout_key=None):
-        del modulation
+    def record(x, kernel, modulation, dropout_key=None, sharding=None):
+        del modulation, sharding
         if not isinstance(dropout_key, jax.core.Tracer):  # Flax also traces the layer once
             seen.append(tuple(jax.random.key_data(dropout_key).tolist()))
         return x @ kernel

@@ -76,8 +76,8 @@ def test_training_the_norm_alone_keeps_nothing_of_a_weights_size(remat):
 
 
 def test_a_product_left_to_autodiff_would_keep_weight_sized_arrays(monkeypatch):
-    def naive(x, kernel, modulation, dropout_key=None):
-        del dropout_key
+    def naive(x, kernel, modulation, dropout_key=None, sharding=None):
+        del dropout_key, sharding
         change = 1 + modulation.a @ modulation.b.T
         return x @ (kernel * change).astype(x.dtype)
 
