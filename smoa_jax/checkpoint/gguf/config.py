@@ -18,8 +18,8 @@ import numpy as np
 
 from smoa_jax.checkpoint.errors import require
 from smoa_jax.checkpoint.gguf.gemma4 import gemma4_config
-from smoa_jax.checkpoint.huggingface.families import FAMILIES, GLOBAL, LOCAL
-from smoa_jax.checkpoint.huggingface.fields import rope_scaling_fields, short
+from smoa_jax.checkpoint.huggingface.families import FAMILIES
+from smoa_jax.checkpoint.huggingface.fields import GLOBAL, LOCAL, rope_scaling_fields, short
 from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.rope import rope_frequencies
 

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smoa_jax.checkpoint.errors import require
-from smoa_jax.checkpoint.huggingface.fields import LAYER_KINDS, short
+from smoa_jax.checkpoint.huggingface.fields import GLOBAL, LOCAL, short
 
 if TYPE_CHECKING:
     from smoa_jax.checkpoint.gguf.config import GgufMetadata
 
 _STANDS_STILL = 1e20  # a divisor above it
-LOCAL, GLOBAL = LAYER_KINDS
 
 
 def gemma4_config(

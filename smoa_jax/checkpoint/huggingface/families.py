@@ -15,18 +15,22 @@ from typing import Any
 from smoa_jax.checkpoint.errors import require
 from smoa_jax.checkpoint.huggingface import gemma4, neighbours
 from smoa_jax.checkpoint.huggingface.fields import (
-    LAYER_KINDS,
+    GLOBAL,
+    LOCAL,
+    check_gemma_activation,
+    kinds_of,
+    layer_kinds,
     optional_positive,
+    periodic_kinds,
     positive,
     read_rope,
     rope_scaling_fields,
     short,
     whole,
+    windows,
 )
 from smoa_jax.checkpoint.huggingface.neighbours import plain_rope
 from smoa_jax.models.config import DecoderConfig, RopeScaling
-
-LOCAL, GLOBAL = LAYER_KINDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,12 +152,11 @@ def _gemma3_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         "rope_type default, as every Gemma 3 has",
         where=source,
     )
-    has_local = any(options["local_layers"])
     return {
         **options,
         "rope_base": base,
         "rope_scaling": scaling,
-        "local_rope_base": local if has_local else 0.0,
+        "local_rope_base": local if "local_layers" in options else 0.0,
     }
 
 
@@ -172,30 +175,15 @@ def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
 
 def _later_gemma(values: Mapping[str, Any], source: str, pattern: int) -> dict[str, Any]:
     """What Gemma 2 and 3 share; every ``pattern``-th layer is global unless the file lists them."""
-    require(
-        values["hidden_activation"] == "gelu_pytorch_tanh",
-        f"hidden_activation {short(values['hidden_activation'])}",
-        "gelu_pytorch_tanh, as every Gemma has",
-        where=source,
-    )
+    check_gemma_activation(values, source)
     count = whole(values, "num_hidden_layers", source)
-    kinds = values.get("layer_types")
-    if kinds is None:
-        kinds = [LOCAL if (layer + 1) % pattern else GLOBAL for layer in range(count)]
-    require(
-        isinstance(kinds, list) and len(kinds) == count and not set(kinds) - {LOCAL, GLOBAL},
-        f"layer_types {short(kinds)}",
-        f"{LOCAL} or {GLOBAL} for each of {count} layers",
-        where=source,
-    )
-    has_local = LOCAL in kinds
+    kinds = layer_kinds(values, periodic_kinds(count, pattern), source)
     return {
         **_gemma_common(values, source),
         "post_norms": True,
         "query_scale": positive(values, "query_pre_attn_scalar", source) ** -0.5,
         "final_soft_cap": optional_positive(values, "final_logit_softcapping", source),
-        "local_layers": tuple(kind == LOCAL for kind in kinds) if has_local else (),
-        "sliding_window": whole(values, "sliding_window", source) if has_local else 0,
+        **windows(values, kinds, source),
     }
 
 
@@ -206,14 +194,14 @@ def _pattern(values: Mapping[str, Any], source: str) -> int:
 
 
 def _later_gemma_fields(config: DecoderConfig) -> dict[str, Any]:
-    local = config.local_layers or (False,) * config.num_layers
     fields = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _near_whole(config.attention_scale**-2),
         "final_logit_softcapping": config.final_soft_cap or None,
-        "layer_types": [LOCAL if is_local else GLOBAL for is_local in local],
+        "layer_types": kinds_of(config),
     }
-    return {**fields, "sliding_window": config.sliding_window} if any(local) else fields
+    window = config.sliding_window
+    return {**fields, "sliding_window": window} if window else fields
 
 
 def _near_whole(value: float) -> float | int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smoa_jax.checkpoint.errors import CheckpointError, listed, require
-from smoa_jax.models.config import RopeScaling
+from smoa_jax.models.config import DecoderConfig, RopeScaling
 
 #: What ``layer_types`` calls local and global layers.
-LAYER_KINDS = ("sliding_attention", "full_attention")
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 _ROPE_TYPES = ("default", "linear", "llama3")
-#: What ``layer_types`` calls local and global layers.
-LAYER_KINDS = ("sliding_attention", "full_attention")
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -91,6 +89,50 @@ def rope_scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
         entry["high_freq_factor"] = scaling.high_freq_factor
         entry["original_max_position_embeddings"] = scaling.original_max_positions
     return {"rope_scaling": entry}
+
+
+def layer_kinds(values: Mapping[str, Any], default: Sequence[str], source: str) -> list[str]:
+    """The kind of each layer: what the file lists, or ``default``."""
+    kinds = values.get("layer_types")
+    kinds = list(default) if kinds is None else kinds
+    require(
+        isinstance(kinds, list) and len(kinds) == len(default) and not set(kinds) - {LOCAL, GLOBAL},
+        f"layer_types {short(kinds)}",
+        f"{LOCAL} or {GLOBAL} for each of {len(default)} layers",
+        where=source,
+    )
+    return kinds
+
+
+def periodic_kinds(count: int, period: int) -> list[str]:
+    """Of ``count`` layers every ``period``-th is global."""
+    return [LOCAL if (layer + 1) % period else GLOBAL for layer in range(count)]
+
+
+def windows(values: Mapping[str, Any], kinds: Sequence[str], source: str) -> dict[str, Any]:
+    """The options of a decoder that local layers stand for; none where there are none."""
+    if LOCAL not in kinds:
+        return {}
+    return {
+        "local_layers": tuple(kind == LOCAL for kind in kinds),
+        "sliding_window": whole(values, "sliding_window", source),
+    }
+
+
+def kinds_of(config: DecoderConfig) -> list[str]:
+    """The ``layer_types`` of a decoder."""
+    local = config.local_layers or (False,) * config.num_layers
+    return [LOCAL if is_local else GLOBAL for is_local in local]
+
+
+def check_gemma_activation(values: Mapping[str, Any], source: str) -> None:
+    """Refuse another activation than that of Gemma 2 and later."""
+    require(
+        values["hidden_activation"] == "gelu_pytorch_tanh",
+        f"hidden_activation {short(values['hidden_activation'])}",
+        "gelu_pytorch_tanh, as every Gemma has",
+        where=source,
+    )
 
 
 def whole(values: Mapping[str, Any], key: str, source: str) -> int:

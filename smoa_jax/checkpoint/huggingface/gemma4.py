@@ -12,16 +12,21 @@ from typing import Any
 
 from smoa_jax.checkpoint.errors import refuse, require
 from smoa_jax.checkpoint.huggingface.fields import (
-    LAYER_KINDS,
+    GLOBAL,
+    LOCAL,
+    check_gemma_activation,
+    kinds_of,
+    layer_kinds,
     optional_positive,
+    periodic_kinds,
     positive,
     short,
     truth,
     whole,
+    windows,
 )
 from smoa_jax.models.config import DecoderConfig, RopeScaling
 
-LOCAL, GLOBAL = LAYER_KINDS
 _ROPE = {
     LOCAL: {"rope_type": "default", "rope_theta": 1e4},
     GLOBAL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
@@ -61,21 +66,9 @@ UNIFIED_DEFAULTS: dict[str, Any] = {
 
 def gemma4_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The arguments of ``DecoderConfig`` that a Gemma 4 has beyond those of all families."""
-    require(
-        values["hidden_activation"] == "gelu_pytorch_tanh",
-        f"hidden_activation {short(values['hidden_activation'])}",
-        "gelu_pytorch_tanh, as every Gemma has",
-        where=source,
-    )
+    check_gemma_activation(values, source)
     kinds = _kinds(values, source)
-    local = tuple(kind == LOCAL for kind in kinds)
     shared = _count(values, "num_kv_shared_layers", source)
-    require(
-        shared < len(kinds) and set(kinds[len(kinds) - shared :]) <= set(kinds[: -shared or None]),
-        f"num_kv_shared_layers {shared} of {len(kinds)} layers",
-        "a layer of the same kind before each, whose keys and values it reads",
-        where=source,
-    )
     per_layer = _count(values, "hidden_size_per_layer_input", source)
     table = values.get("vocab_size_per_layer_input")
     require(
@@ -94,11 +87,10 @@ def gemma4_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         "value_norm": True,
         "query_scale": 1.0,
         "final_soft_cap": optional_positive(values, "final_logit_softcapping", source),
-        "local_layers": local if any(local) else (),
-        "sliding_window": whole(values, "sliding_window", source) if any(local) else 0,
+        **windows(values, kinds, source),
         "rope_base": positive(rope[GLOBAL], "rope_theta", f"{source}: {GLOBAL}"),
         "rope_scaling": _global_scaling(rope[GLOBAL], f"{source}: rope_parameters of {GLOBAL}"),
-        "local_rope_base": _local_base(rope[LOCAL], source) if any(local) else 0.0,
+        "local_rope_base": _local_base(rope[LOCAL], source) if LOCAL in kinds else 0.0,
         **_global_heads(values, kinds, source),
         "num_kv_shared_layers": shared,
         "shared_mlp_dim": 2 * whole(values, "intermediate_size", source) if doubled else 0,
@@ -109,7 +101,6 @@ def gemma4_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def gemma4_fields(config: DecoderConfig) -> dict[str, Any]:
     """The inverse, in Google's spelling."""
-    local = config.local_layers or (False,) * config.num_layers
     scaling = config.rope_scaling
     turned: dict[str, Any] = {"rope_type": "default"}
     if scaling.kind == "proportional":
@@ -119,7 +110,7 @@ def gemma4_fields(config: DecoderConfig) -> dict[str, Any]:
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "final_logit_softcapping": config.final_soft_cap or None,
-        "layer_types": [LOCAL if is_local else GLOBAL for is_local in local],
+        "layer_types": kinds_of(config),
         "sliding_window": config.sliding_window or DEFAULTS["sliding_window"],
         "rope_parameters": {
             LOCAL: {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4},
@@ -152,16 +143,7 @@ def in_googles_spelling(fields: Mapping[str, Any], source: str) -> dict[str, Any
 def _kinds(values: Mapping[str, Any], source: str) -> list[str]:
     """The kind of each layer; the last one is global whatever the file says, as in transformers."""
     count = whole(values, "num_hidden_layers", source)
-    kinds = values.get("layer_types")
-    if kinds is None:
-        kinds = [LOCAL if (layer + 1) % _PATTERN else GLOBAL for layer in range(count)]
-    require(
-        isinstance(kinds, list) and len(kinds) == count and not set(kinds) - set(LAYER_KINDS),
-        f"layer_types {short(kinds)}",
-        f"{LOCAL} or {GLOBAL} for each of {count} layers",
-        where=source,
-    )
-    return [*kinds[:-1], GLOBAL]
+    return [*layer_kinds(values, periodic_kinds(count, _PATTERN), source)[:-1], GLOBAL]
 
 
 def _global_heads(values: Mapping[str, Any], kinds: list[str], source: str) -> dict[str, Any]:

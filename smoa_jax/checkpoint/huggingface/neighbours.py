@@ -11,16 +11,18 @@ from typing import Any
 
 from smoa_jax.checkpoint.errors import require
 from smoa_jax.checkpoint.huggingface.fields import (
-    LAYER_KINDS,
+    GLOBAL,
+    LOCAL,
+    kinds_of,
+    layer_kinds,
     read_rope,
     rope_scaling_fields,
     short,
     truth,
     whole,
+    windows,
 )
 from smoa_jax.models.config import DecoderConfig
-
-LOCAL, GLOBAL = LAYER_KINDS
 
 # SmolLM3's rotary base where its file says none.
 _SMOLLM3_THETA = 2e6
@@ -56,7 +58,7 @@ def mistral_options(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         f"{kind} for each of {count} layers, or none",
         where=source,
     )
-    return {**_common(values, source), **_windows(values, [kind] * count, source)}
+    return {**_common(values, source), **windows(values, [kind] * count, source)}
 
 
 def mistral_fields(config: DecoderConfig) -> dict[str, Any]:
@@ -165,15 +167,8 @@ def _bias(values: Mapping[str, Any], source: str) -> str:
 def _optional_windows(values: Mapping[str, Any], local: list[bool], source: str) -> dict[str, Any]:
     """The options of local layers, which a switch turns off; ``local`` where none are listed."""
     on = truth(values, "use_sliding_window", source) and values.get("sliding_window") is not None
-    kinds = values.get("layer_types")
-    if kinds is None:
-        kinds = [LOCAL if on and is_local else GLOBAL for is_local in local]
-    require(
-        isinstance(kinds, list) and len(kinds) == len(local) and not set(kinds) - {LOCAL, GLOBAL},
-        f"layer_types {short(kinds)}",
-        f"{LOCAL} or {GLOBAL} for each of {len(local)} layers",
-        where=source,
-    )
+    default = [LOCAL if on and is_local else GLOBAL for is_local in local]
+    kinds = layer_kinds(values, default, source)
     require(
         on or LOCAL not in kinds,
         f"layer_types with {LOCAL}, use_sliding_window {values['use_sliding_window']} and "
@@ -181,22 +176,12 @@ def _optional_windows(values: Mapping[str, Any], local: list[bool], source: str)
         "a window in use where there are local layers",
         where=source,
     )
-    return _windows(values, kinds, source)
-
-
-def _windows(values: Mapping[str, Any], kinds: list[str], source: str) -> dict[str, Any]:
-    if LOCAL not in kinds:
-        return {}
-    return {
-        "local_layers": tuple(kind == LOCAL for kind in kinds),
-        "sliding_window": whole(values, "sliding_window", source),
-    }
+    return windows(values, kinds, source)
 
 
 def _window_fields(config: DecoderConfig) -> dict[str, Any]:
-    local = config.local_layers or (False,) * config.num_layers
     return {
-        "use_sliding_window": any(local),
+        "use_sliding_window": config.sliding_window > 0,
         "sliding_window": config.sliding_window or None,
-        "layer_types": [LOCAL if is_local else GLOBAL for is_local in local],
+        "layer_types": kinds_of(config),
     }
