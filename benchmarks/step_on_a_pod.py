@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.modulation import ProductShardings
+from smoa_jax.adapter.placement import ProductShardings
 from smoa_jax.adapter.tree import apply_smoa, partition
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.decoder import Decoder, abstract_params
@@ -101,20 +102,17 @@ def compile_step(mesh: Mesh, adapter: SmoaConfig, rows: int, length: int, produc
     return jitted.lower(state, frozen, batch).compile()
 
 
-def collectives(program: str) -> dict[str, float]:
-    """MiB that come out of each kind of collective on a chip, in the program's text.
+def collective_arrays(program: str) -> Iterator[tuple[str, str, int]]:
+    """Kind, dtype and number of values of every array that a collective gives on a device.
 
-    A collective that the compiler fuses with products is written several times, each with the
-    channel of all.
+    As the program's text has them, a loop's body once. A collective that the compiler fuses with
+    products is written several times, each with the channel of all.
     """
-    found: dict[str, float] = collections.defaultdict(float)
     channels: set[str] = set()
     for line in program.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
-        if not match:
-            continue
         channel = re.search(r"channel_id=(\d+)", line)
-        if channel and channel[1] in channels:
+        if not match or (channel and channel[1] in channels):
             continue
         channels.update(channel.groups() if channel else ())
         arrays = [
@@ -123,8 +121,14 @@ def collectives(program: str) -> dict[str, float]:
         if match[3]:  # its operands come first, its results after them
             arrays = arrays[len(arrays) // 2 :]
         for dtype, dims in arrays:
-            size = math.prod(map(int, dims.split(","))) if dims else 1
-            found[match[2]] += size * _BYTES.get(dtype, 0) / 2**20
+            yield match[2], dtype, math.prod(map(int, dims.split(","))) if dims else 1
+
+
+def collectives(program: str) -> dict[str, float]:
+    """MiB that come out of each kind of collective on a chip."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for kind, dtype, values in collective_arrays(program):
+        found[kind] += values * _BYTES.get(dtype, 0) / 2**20
     return dict(found)
 
 

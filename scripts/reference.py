@@ -285,7 +285,7 @@ _METHOD = (
 )
 _WITH = {
     "The method": (
-        "adapter.modulation.MatmulSharding",
+        "adapter.placement.MatmulSharding",
         "adapter.merge.MergeLoss",
         "adapter.types.LowRank",
         "adapter.types.Blocks",

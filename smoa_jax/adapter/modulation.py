@@ -22,55 +22,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from smoa_jax.adapter.factors import gather_spread, spread_factors
-from smoa_jax.adapter.placement import modulation_specs
+from smoa_jax.adapter.placement import MatmulSharding, product_specs
 from smoa_jax.adapter.products import HIGHEST, contract, contract_leading, instantiate
 from smoa_jax.adapter.types import Bands, Blocks, Modulation, tensor_fields
 from smoa_jax.adapter.views import parse_view
 from smoa_jax.checks import require
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulSharding:
-    """Where the operands of a product lie on a mesh, so that it moves no more than a plain one.
-
-    Each device then forms the residual by itself, from its columns (or rows) of W, gathered once,
-    and from factors; the backward sums only factors across devices. Without it the compiler gathers
-    W and the residual both, and sums a dense weight gradient.
-
-    Args:
-        mesh: The device mesh.
-        batch: Mesh axes over which x's leading axis is divided.
-        inputs: Mesh axes over which x's last axis, and the kernel's inputs in the product, are.
-        outputs: Mesh axes over which the product's last axis, and the kernel's outputs, are.
-    """
-
-    mesh: jax.sharding.Mesh
-    batch: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class ProductShardings:
-    """Where the operands of a model's products lie, by the name of the module; hashable.
-
-    Args:
-        by_name: Name and sharding of each; the compiler chooses for those that aren't here.
-    """
-
-    by_name: tuple[tuple[str, MatmulSharding], ...] = ()
-
-    def of(self, name: str | None) -> MatmulSharding | None:
-        """That of a module; None leaves it to the compiler."""
-        return next((sharding for known, sharding in self.by_name if known == name), None)
 
 
 def modulated_matmul(
@@ -93,7 +56,7 @@ def modulated_matmul(
             for the product, while the residual is formed from it in float32.
         modulation: The node beside that kernel, without a leading layer axis.
         dropout_key: Key for dropout on the input of the adapter's path alone; None: no dropout.
-        sharding: Mesh and axes of the operands (``MatmulSharding`` of this module); None leaves the
+        sharding: Mesh and axes of the operands (``MatmulSharding``); None leaves the
             partitioning to the compiler.
 
     Returns:
@@ -313,7 +276,7 @@ def _product_on_mesh(
     modulation: Modulation,
 ) -> Float[Array, "... O"]:
     """``_weight_modulated`` of each device's part, in x's dtype."""
-    specs = _specs(sharding, inputs[0].ndim, modulation)
+    specs = product_specs(sharding, inputs[0].ndim, modulation)
     dtype = inputs[0].dtype
 
     def local(inputs, kernel, modulation):
@@ -338,7 +301,7 @@ def _gradients_on_mesh(
     num_paths: int,
 ) -> tuple[tuple[Float[Array, "... I"], ...], Float[Array, "*M I R"], Float[Array, "*M O R"]]:
     """The paths of dx (``_weight_modulated_paths``), dA and dB, of W gathered once for all."""
-    specs = _specs(sharding, dropped.ndim, modulation)
+    specs = product_specs(sharding, dropped.ndim, modulation)
 
     def local(dropped, kernel, modulation, dy):
         paths = _weight_modulated_paths(kernel, modulation, dy, num_paths)
@@ -354,28 +317,6 @@ def _gradients_on_mesh(
         out_specs=((specs.x,) * num_paths, specs.modulation.a, specs.modulation.b),
         check_vma=False,
     )(dropped, kernel, modulation, dy)
-
-
-class _Specs(NamedTuple):
-    """How the operands of a product are divided over a mesh."""
-
-    x: PartitionSpec
-    kernel: PartitionSpec
-    y: PartitionSpec
-    modulation: Any
-
-
-def _specs(sharding: MatmulSharding, ndim: int, modulation: Modulation) -> _Specs:
-    batch, inputs, outputs = (
-        axes or None for axes in (sharding.batch, sharding.inputs, sharding.outputs)
-    )
-    middle = (None,) * (ndim - 2)
-    return _Specs(
-        x=PartitionSpec(batch, *middle, inputs),
-        kernel=PartitionSpec(inputs, outputs),
-        y=PartitionSpec(batch, *middle, outputs),
-        modulation=modulation_specs(modulation, None, inputs, outputs),
-    )
 
 
 def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Where an adapter's tensors lie: each as its kernel does.
+"""Where an adapter's tensors lie, each as its kernel does, and the operands of its product.
 
 Rows of A and the inputs' block ids follow the kernel's input axis, rows of B and the outputs' its
 output axis, bands both; ranks are whole. Forming the update then needs no communication
@@ -8,7 +8,7 @@ output axis, bands both; ranks are whole. Forming the update then needs no commu
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -79,3 +79,65 @@ def placed_like(kernel: Any, modulation: Modulation) -> Modulation:
         return modulation
     of_kernel = NamedSharding(sharding.mesh, full_spec(sharding, kernel.ndim))
     return jax.device_put(modulation, modulation_shardings(modulation, of_kernel))
+
+
+# ----------------------------------------------------------------------------------- a product
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulSharding:
+    """Where the operands of a product lie on a mesh, so that it moves no more than a plain one.
+
+    Each device then forms the residual by itself, from its columns (or rows) of W, gathered once,
+    and from factors; the backward sums only factors across devices. Without it the compiler gathers
+    W and the residual both, and sums a dense weight gradient.
+
+    Args:
+        mesh: The device mesh.
+        batch: Mesh axes over which x's leading axis is divided.
+        inputs: Mesh axes over which x's last axis, and the kernel's inputs in the product, are.
+        outputs: Mesh axes over which the product's last axis, and the kernel's outputs, are.
+    """
+
+    mesh: jax.sharding.Mesh
+    batch: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductShardings:
+    """Where the operands of a model's products lie, by the name of the module; hashable.
+
+    Args:
+        by_name: Name and sharding of each; the compiler chooses for those that aren't here.
+    """
+
+    by_name: tuple[tuple[str, MatmulSharding], ...] = ()
+
+    def of(self, name: str | None) -> MatmulSharding | None:
+        """That of a module; None leaves it to the compiler."""
+        return next((sharding for known, sharding in self.by_name if known == name), None)
+
+
+class ProductSpecs(NamedTuple):
+    """How the operands of a product are divided over a mesh."""
+
+    x: PartitionSpec
+    kernel: PartitionSpec
+    y: PartitionSpec
+    modulation: Any
+
+
+def product_specs(sharding: MatmulSharding, ndim: int, modulation: Modulation) -> ProductSpecs:
+    """The specs of a product of an ``x`` of so many axes, rows first."""
+    batch, inputs, outputs = (
+        axes or None for axes in (sharding.batch, sharding.inputs, sharding.outputs)
+    )
+    middle = (None,) * (ndim - 2)
+    return ProductSpecs(
+        x=PartitionSpec(batch, *middle, inputs),
+        kernel=PartitionSpec(inputs, outputs),
+        y=PartitionSpec(batch, *middle, outputs),
+        modulation=modulation_specs(modulation, None, inputs, outputs),
+    )

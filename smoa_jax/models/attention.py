@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from smoa_jax.adapter.modulation import ProductShardings
+from smoa_jax.adapter.placement import ProductShardings
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.layers import Linear, RMSNorm, soft_cap, unit_rms
 from smoa_jax.models.rope import RopeTables, apply_rope, turned_where

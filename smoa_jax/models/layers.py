@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from smoa_jax.adapter.modulation import ProductShardings, modulated_matmul
+from smoa_jax.adapter.modulation import modulated_matmul
+from smoa_jax.adapter.placement import ProductShardings
 from smoa_jax.adapter.products import dense_matmul
 from smoa_jax.adapter.types import SMOA_KEY
 

@@ -15,8 +15,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from smoa_jax.adapter.modulation import MatmulSharding, ProductShardings
-from smoa_jax.adapter.placement import modulation_shardings
+from smoa_jax.adapter.placement import MatmulSharding, ProductShardings, modulation_shardings
 from smoa_jax.adapter.targets import KERNEL_KEY, lookup, walk
 from smoa_jax.adapter.tree import kernel_key
 from smoa_jax.adapter.types import Params, is_modulation

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.step_on_a_pod import collective_arrays
 from smoa_jax import SmoaConfig, apply_smoa, combine, partition
-from smoa_jax.adapter.modulation import MatmulSharding, ProductShardings
+from smoa_jax.adapter.placement import MatmulSharding, ProductShardings
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.decoder import Decoder, init_params
 from smoa_jax.sharding.mesh import MeshConfig, make_mesh
@@ -88,11 +88,9 @@ def compiled(base, config, axes, dtype=jnp.float32):
 def moved(program: str) -> dict[str, collections.Counter]:
     """By kind of collective, how many arrays of how many values come out of it."""
     found: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    kinds = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
-    for line in program.splitlines():
-        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
-        for dims in re.findall(r"(?:f32|bf16)\[([\d,]*)\]", match[1]) if match else ():
-            found[match[2]][math.prod(map(int, dims.split(","))) if dims else 1] += 1
+    for kind, dtype, count in collective_arrays(program):
+        if dtype in ("f32", "bf16"):
+            found[kind][count] += 1
     return found
 
 
