@@ -43,7 +43,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from smoa_jax.adapter.modulation import ProductShardings
+from smoa_jax.adapter.placement import ProductShardings
 from smoa_jax.checks import require
 from smoa_jax.models.attention import (
     AttentionContext,
@@ -258,9 +258,10 @@ class Decoder(nn.Module):
 
     def _make_layers(self) -> nn.Module:
         """All layers as one module: Linen's scan over the only stack, or sections of several."""
-        config, stacks = self.config, layer_stacks(self.config)
+        config = self.config
+        only, *others = layer_stacks(config)
         policy = REMAT_POLICIES[self.remat] if self.remat != "none" else None
-        if len(stacks) > 1:
+        if others:
             make = functools.partial(
                 DecoderLayer,
                 config,
@@ -270,7 +271,6 @@ class Decoder(nn.Module):
                 parent=None,
             )
             return LayerSections(config, make, policy)
-        only = next(iter(stacks))
         layer = DecoderLayer
         if policy is not None:
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
@@ -341,14 +341,14 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """The residual stream after the last layer, and the filled caches by stack."""
         caches = {} if cache is None else stack_caches(cache)
-        stacks = layer_stacks(self.config)
-        if len(stacks) > 1:
+        only, *others = layer_stacks(self.config)
+        if others:
             return self.layers(x, caches, context, told)
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         local = jnp.asarray(self.config.local_layers) if self.config.local_layers else None
-        name = next(iter(stacks)).name
-        (x, filled), _ = self.layers((x, caches.get(name)), context, layers, local, told)
-        return x, {} if filled is None else {name: filled}
+        carry = (x, caches.get(only.name))
+        (x, filled), _ = self.layers(carry, context, layers, local, told)
+        return x, {} if filled is None else {only.name: filled}
 
     def _told(
         self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]

@@ -93,6 +93,10 @@ class _Pass:
         stop = section.first + count * section.period
         inputs = {
             "params": {name: params[name] for name in section.stacks},
+            "index": {
+                name: jnp.arange(len(stack.layers), dtype=jnp.int32)
+                for name, stack in section.stacks.items()
+            },
             "layer": jnp.arange(section.first, stop, dtype=jnp.int32),
             "told": None if told is None else told[section.first : stop],
         }
@@ -129,7 +133,7 @@ class _Pass:
             if name in state.caches:
                 slots = state.caches[name][0].shape[2]
             shape = (batch, slots, stack.shape.num_kv_heads, stack.shape.head_dim)
-            room[_kind(stack)] = (jnp.zeros(shape, state.x.dtype),) * 2
+            room[stack.kind] = (jnp.zeros(shape, state.x.dtype),) * 2
         return room
 
     def _run(
@@ -137,24 +141,20 @@ class _Pass:
     ) -> _State:
         """Equal layers: ``start`` is the first one's place in its period."""
         stack, name = run.stack, run.stack.name
-        size = sum(other.length for other in self.section.runs if other.stack is stack)
         layer = self._layer(stack, given)
+        of_stack = slice(run.first, run.first + run.length)
+        of_period = slice(start, start + run.length)
 
         def body(carry: Any, inputs: Any) -> tuple[Any, None]:
             return layer(carry, inputs), None
 
-        layers = period["layer"][start : start + run.length]
-        # All periods before this one hold ``size`` layers of the stack each.
-        before = (period["layer"][0] - self.section.first) // self.section.period * size
         inputs = {
-            "params": jax.tree.map(
-                lambda leaf: leaf[run.first : run.first + run.length], period["params"][name]
-            ),
-            "layer": layers,
-            "index": before + run.first + jnp.arange(run.length, dtype=jnp.int32),
-            "told": None if period["told"] is None else period["told"][start : start + run.length],
+            "params": jax.tree.map(lambda leaf: leaf[of_stack], period["params"][name]),
+            "index": period["index"][name][of_stack],
+            "layer": period["layer"][of_period],
+            "told": None if period["told"] is None else period["told"][of_period],
         }
-        carry = (state.x, state.caches.get(name), state.kv.get(_kind(stack)))
+        carry = (state.x, state.caches.get(name), state.kv.get(stack.kind))
         if run.length == 1:
             carry = layer(carry, jax.tree.map(lambda leaf: leaf[0], inputs))
         else:
@@ -163,13 +163,13 @@ class _Pass:
         return _State(
             x=x,
             caches=state.caches if caches is None else {**state.caches, name: caches},
-            kv=state.kv if kv is None else {**state.kv, _kind(stack): kv},
+            kv=state.kv if kv is None else {**state.kv, stack.kind: kv},
         )
 
     def _layer(self, stack: Stack, given: dict[str, KeysValues]) -> Callable[[Any, Any], Any]:
         """One layer of a stack: from its carry and inputs to the carry."""
         module = self.model.make_layer(shape=stack.shape, returns_kv=self._writes)
-        shared = given.get(_kind(stack)) if stack.shape.shares_kv else None
+        shared = given.get(stack.kind) if stack.shape.shares_kv else None
 
         def apply(x: Any, caches: Any, inputs: Any) -> Any:
             rngs = None
@@ -196,8 +196,3 @@ class _Pass:
             return x, caches, kv if written is None else written
 
         return step
-
-
-def _kind(stack: Stack) -> str:
-    """Layers share keys and values with those of their kind."""
-    return "local" if stack.local else "global"

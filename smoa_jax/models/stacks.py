@@ -33,6 +33,7 @@ import itertools
 from smoa_jax.models.config import DecoderConfig
 
 LAYERS_KEY = "layers"
+_KINDS = ("global", "local")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,11 @@ class Stack:
     def name(self) -> str:
         """The last key of its path."""
         return self.path[-1]
+
+    @property
+    def kind(self) -> str:
+        """Layers that share keys and values do so with those of their kind."""
+        return _KINDS[bool(self.local)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +127,7 @@ def layer_stacks(config: DecoderConfig) -> tuple[Stack, ...]:
         return (Stack(path=(LAYERS_KEY,), layers=every, shape=shapes[kinds[0]], local=local),)
     return tuple(
         Stack(
-            path=(LAYERS_KEY, ("local" if kind[0] else "global") + "_shared" * kind[1]),
+            path=(LAYERS_KEY, _KINDS[kind[0]] + "_shared" * kind[1]),
             layers=tuple(layer for layer, other in enumerate(kinds) if other == kind),
             shape=shape,
             local=kind[0],
