@@ -17,6 +17,7 @@ A ``TensorSlot`` is one row made concrete for a given tree: a tensor on disk and
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -225,18 +226,15 @@ def tensor_slots(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, 
         f"a params tree with {listed(unknown)}, which no Hugging Face tensor stands for",
         "a plain tree of the decoder: merge the adapter first",
     )
-    before = [rule for rule in rules.values() if rule.path[0] != LAYERS_KEY]
-    after = [before.pop() for _ in range(2)][::-1]  # the last norm and the head
-    stacked = [rule for rule in rules.values() if rule.path[0] == LAYERS_KEY]
-    order: list[tuple[NameRule, int | None]] = [(rule, None) for rule in before]
-    order += [(rule, layer) for layer in range(config.num_layers) for rule in stacked]
-    order += [(rule, None) for rule in after]
-    slots = [
-        _slot(rule, layer, *leaves[rule.path, layer])
-        for rule, layer in order
-        if (rule.path, layer) in leaves
-    ]
-    return {slot.name: slot for slot in slots}
+    slots: dict[str, TensorSlot] = {}
+    for in_layers, group in itertools.groupby(rules.values(), lambda r: r.path[0] == LAYERS_KEY):
+        rows = list(group)
+        for layer in range(config.num_layers) if in_layers else (None,):
+            for rule in rows:
+                if (rule.path, layer) in leaves:
+                    slot = _slot(rule, layer, *leaves[rule.path, layer])
+                    slots[slot.name] = slot
+    return slots
 
 
 def _slot(

@@ -125,23 +125,7 @@ def export_stored(
     def read(slot: TensorSlot) -> np.ndarray:
         return reader.read(slot.name, tuple(slice(0, size) for size in slot.shape))
 
-    unused = [name for name in reader.tensors if name not in slots and is_unused(name, config)]
-    copies = [_copy_of(reader, name) for name in unused]
-    return _export(read, slots, config, directory, copies=copies, **settings)
-
-
-def _copy_of(reader: TensorReader, name: str) -> _Piece:
-    shape = reader.tensors[name].shape
-    one = reader.read(name, (slice(0, 1),) * len(shape))
-    count = math.prod(shape)
-    return _Piece(
-        name=name,
-        num_values=count,
-        num_bytes=count * one.dtype.itemsize,
-        make=lambda: np.ascontiguousarray(
-            reader.read(name, tuple(slice(0, size) for size in shape))
-        ),
-    )
+    return _export(read, slots, config, directory, stored=reader, **settings)
 
 
 def _export(
@@ -158,7 +142,7 @@ def _export(
     multimodal_source: str | Path | None = None,
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
-    copies: Sequence[_Piece] = (),
+    stored: TensorReader | None = None,
 ) -> Path:
     target = Path(directory).expanduser()
     require(max_shard_bytes >= 1, f"max_shard_bytes {max_shard_bytes}", "at least 1")
@@ -174,8 +158,8 @@ def _export(
         tokenizer_files=tokenizer_files,
         reserved=(INDEX_FILE, SINGLE_FILE),
     )
-    pieces = _pieces(read, slots, config, np.dtype(jnp.dtype(dtype)), whole)
-    pieces += copies if whole is None else []
+    pieces = _pieces(read, slots, np.dtype(jnp.dtype(dtype)), whole)
+    pieces += _copies(config, stored if whole is None else whole)
     with replaced_directory(
         target, marker=CONFIG_FILE, what="an exported model", overwrite=overwrite
     ) as draft:
@@ -208,11 +192,10 @@ def _open_whole(hf_config: Mapping[str, Any] | None, source: str | Path | None) 
 def _pieces(
     read: Callable[[TensorSlot], np.ndarray],
     slots: Mapping[str, TensorSlot],
-    config: DecoderConfig,
     dtype: np.dtype,
     whole: TextPart | None,
 ) -> list[_Piece]:
-    """All tensors in the order of the files: the decoder's, then those that are copied."""
+    """The decoder's tensors in the order of the files, under the names that they are to have."""
     if whole is not None:
         absent = [name for name in slots if name not in whole.stored_names]
         require(
@@ -231,19 +214,31 @@ def _pieces(
                 make=functools.partial(_tensor, read, slot, dtype),
             )
         )
-    if whole is None:
-        return pieces
-    unused = [stored for name, stored in whole.stored_names.items() if is_unused(name, config)]
-    copied = [
-        _Piece(
-            name=name,
-            num_values=whole.other_size(name),
-            num_bytes=whole.other_bytes(name),
-            make=functools.partial(whole.read_other, name),
-        )
-        for name in (*unused, *whole.others)
-    ]
-    return pieces + copied
+    return pieces
+
+
+def _copies(config: DecoderConfig, stored: TensorReader | None) -> list[_Piece]:
+    """What a checkpoint holds that the decoder has no use for, and the rest of a multimodal one."""
+    if stored is None:
+        return []
+    unused = [name for name in stored.tensors if is_unused(name, config)]
+    if not isinstance(stored, TextPart):
+        return [_copy(stored, name) for name in unused]
+    names = [*(stored.stored_names[name] for name in unused), *stored.others]
+    return [_copy(stored.files, name) for name in names]
+
+
+def _copy(reader: TensorReader, name: str) -> _Piece:
+    shape = reader.tensors[name].shape
+    one = reader.read(name, (slice(0, 1),) * len(shape))  # the format's word says no NumPy dtype
+    count = math.prod(shape)
+    everything = (slice(None),) * len(shape)
+    return _Piece(
+        name=name,
+        num_values=count,
+        num_bytes=count * one.dtype.itemsize,
+        make=lambda: np.ascontiguousarray(reader.read(name, everything)),
+    )
 
 
 def _write_weights(pieces: Sequence[_Piece], directory: Path, max_shard_bytes: int) -> None:

@@ -11,6 +11,7 @@ mention and llama.cpp doesn't give them: that of Mistral 7B v0.1 is of 4096 toke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ _MUST_BE_OFF: dict[str, dict[str, int]] = {
     "smollm3": {"expert_count": 0, "attention.sliding_window": 0},
     "olmo2": {"expert_count": 0, "attention.sliding_window": 0},  # OLMo 3 has windows
 }
+# What has a bias, by the first layer's: self_attn.q_proj and the like.
+_BIASED = re.compile(r"model\.layers\.0\.(.+)\.bias")
 # One global layer in so many, and the depth of the model whose query scale is sqrt(D / N).
 _LOCAL_PATTERNS = {"gemma2": 2, "gemma3": 6}
 _DEPTHS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -172,7 +175,6 @@ class GgufMetadata:
         vocab_size: int,
         has_head: bool,
         rope_factors: np.ndarray | None,
-        biased: Collection[str] = (),
         names: Collection[str] = (),
     ) -> dict[str, Any]:
         """The ``config.json``.
@@ -181,12 +183,12 @@ class GgufMetadata:
             vocab_size: Rows of the embedding.
             has_head: Whether the file has a head of its own.
             rope_factors: The tensor of divisors of the rotary frequencies, if there is one.
-            biased: What has a bias in the first layer: ``self_attn.q_proj`` and the like.
             names: Of all tensors, in Hugging Face's words.
         """
         if self.architecture == "gemma4":
             own = gemma4_config(self, rope_factors, names)
         else:
+            biased = [found[1] for name in names if (found := _BIASED.fullmatch(name))]
             own = {
                 "intermediate_size": self.integer("feed_forward_length"),
                 "num_key_value_heads": self.num_kv_heads,

@@ -27,7 +27,6 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # Values dequantised at a time: a few MiB, so that a large embedding has no large temporaries.
 _CHUNK_VALUES = 2**21
 _ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(?:weight|bias)")
-_BIASED = re.compile(r"model\.layers\.0\.(.+)\.bias")
 
 
 class _WholeFileReader(GGUFReader):
@@ -163,7 +162,6 @@ class GgufFile:
             has_head=HEAD_NAME in self.tensors,
             rope_factors=factors,
             names=self.tensors,
-            biased=[found[1] for name in self.tensors if (found := _BIASED.fullmatch(name))],
         )
 
     def generation_config(self) -> dict[str, Any]:

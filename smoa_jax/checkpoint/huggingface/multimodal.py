@@ -8,7 +8,6 @@ export can copy them and nothing of the model is lost.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,10 +33,11 @@ class TextPart:
     Attributes:
         stored_names: Name in a text model -> name on disk.
         others: Names on disk of everything else.
+        files: All tensors, under their names on disk.
     """
 
     def __init__(self, files: SafetensorsFiles):
-        self._files = files
+        self.files = files
         self.source = files.source
         self.stored_names: dict[str, str] = {}
         self.others: list[str] = []
@@ -57,22 +57,10 @@ class TextPart:
         }
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        return self._files.read(self.stored_names[name], index)
+        return self.files.read(self.stored_names[name], index)
 
     def ends(self, name: str, size: int) -> tuple[bytes, bytes]:
-        return self._files.ends(self.stored_names[name], size)
-
-    def read_other(self, stored: str) -> np.ndarray:
-        """The whole of a tensor that is not the decoder's, as stored."""
-        return self._files.read(stored, (slice(None),) * len(self._files.tensors[stored].shape))
-
-    def other_size(self, stored: str) -> int:
-        """The number of its values."""
-        return math.prod(self._files.tensors[stored].shape)
-
-    def other_bytes(self, stored: str) -> int:
-        """Its size on disk."""
-        return self._files.size(stored)
+        return self.files.ends(self.stored_names[name], size)
 
 
 def text_name(stored: str) -> str | None:
