@@ -32,19 +32,11 @@ from smoa_jax.training.config import RunConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A base on its mesh, and the decoder that runs it.
-
-    Attributes:
-        base: With its weights.
-        model: The decoder.
-        mesh: Where they lie.
-        adapter: What to adapt of this base, for a run.
-    """
+    """A base on its mesh, and the decoder that runs it."""
 
     base: BaseModel
     model: Decoder
     mesh: Mesh
-    adapter: SmoaConfig = dataclasses.field(default_factory=SmoaConfig)
 
 
 def adapter_config(config: SmoaConfig, base: AbstractBase) -> SmoaConfig:
@@ -80,10 +72,10 @@ def load_model(config: RunConfig) -> LoadedModel:
     abstract = abstract_base(config.model.path, dtype)
     shardings = _base_shardings(abstract, mesh, config.model.sharding_rules)
     model = make_decoder(config, abstract, mesh)
-    adapter = adapter_config(config.adapter, abstract)
-    find_targets(abstract.params, adapter)  # refused before minutes of reading weights
+    # Refused before minutes of reading weights.
+    find_targets(abstract.params, adapter_config(config.adapter, abstract))
     base = load_base(config.model.path, dtype, shardings)
-    return LoadedModel(base=base, model=model, mesh=mesh, adapter=adapter)
+    return LoadedModel(base=base, model=model, mesh=mesh)
 
 
 def load_generator(path: str, dtype: Any, mesh_config: MeshConfig, rules: Rules) -> LoadedModel:

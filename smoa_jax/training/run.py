@@ -49,7 +49,7 @@ from smoa_jax.training.metrics import (
     ProgressReport,
     read_metrics,
 )
-from smoa_jax.training.model import LoadedModel, load_model
+from smoa_jax.training.model import LoadedModel, adapter_config, load_model
 from smoa_jax.training.on_step import BetweenSteps, stop_on_signals
 from smoa_jax.training.optimizer import make_schedule, warmup_steps
 from smoa_jax.training.state import (
@@ -181,7 +181,7 @@ def prepare(
             if advice:
                 report.say(advice)
         loaded = load_model(config)
-        config = dataclasses.replace(config, adapter=loaded.adapter)
+        config = dataclasses.replace(config, adapter=adapter_config(config.adapter, loaded.base))
         report.say(describe_environment(loaded))
         check_data(config, loaded, data)
         warmup = warmup_steps(config, steps)
