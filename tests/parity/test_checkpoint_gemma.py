@@ -24,7 +24,7 @@ from smoa_jax.checkpoint.export.merged import MergedReader
 from smoa_jax.checkpoint.native.directory import open_adapter, save_adapter
 from smoa_jax.models.config import RopeScaling
 from smoa_jax.models.decoder import Decoder
-from smoa_jax.models.generation import GenerationConfig, generate
+from tests.parity.shared import check_prompts_of_several_lengths, scaled
 from tests.parity.test_checkpoint_llama import (
     TOKENS,
     difference,
@@ -178,32 +178,7 @@ def test_logits_agree_with_transformers_and_need_the_option(tmp_path, option):
 def test_prompts_of_several_lengths_in_one_batch_equal_transformers_one_by_one(tmp_path, family):
     model = torch_model(family)
     model.save_pretrained(tmp_path)
-    base = load_base(tmp_path)
-    lengths = [24, 13, 5]
-    prompts = np.random.default_rng(1).integers(0, 96, (3, 24))
-    made = generate(
-        Decoder(base.config, dtype=jnp.float32),
-        base.params,
-        prompts,
-        lengths,
-        GenerationConfig(max_new_tokens=10),
-    )
-    for row, length in enumerate(lengths):
-        text = torch.tensor(prompts[row : row + 1, :length])
-        wanted = model.generate(
-            text,
-            attention_mask=torch.ones_like(text),
-            max_new_tokens=10,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert np.asarray(made.tokens)[row].tolist() == wanted[0, length:].tolist()
-
-
-def scaled(params):
-    """Other weights of the same model, as training would give."""
-    return jax.tree.map(lambda leaf: leaf * 1.1, params)
+    check_prompts_of_several_lengths(model, load_base(tmp_path))
 
 
 @pytest.mark.parametrize("from_source", [True, False])

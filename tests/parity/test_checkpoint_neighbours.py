@@ -23,8 +23,7 @@ from smoa_jax.checkpoint.export.huggingface import export_huggingface, export_st
 from smoa_jax.checkpoint.export.merged import MergedReader
 from smoa_jax.checkpoint.native.directory import open_adapter, save_adapter
 from smoa_jax.models.config import RopeScaling
-from smoa_jax.models.decoder import Decoder
-from smoa_jax.models.generation import GenerationConfig, generate
+from tests.parity.shared import check_prompts_of_several_lengths, scaled
 from tests.parity.test_checkpoint_llama import difference, our_logits, torch_logits, without
 
 torch = pytest.importorskip("torch")
@@ -252,27 +251,7 @@ def test_logits_agree_with_transformers_and_need_the_option(tmp_path, option, re
 def test_prompts_of_several_lengths_in_one_batch_equal_transformers_one_by_one(tmp_path, family):
     model = torch_model(family)
     model.save_pretrained(tmp_path)
-    base = load_base(tmp_path)
-    lengths = [24, 13, 5]
-    prompts = np.random.default_rng(1).integers(0, 96, (3, 24))
-    made = generate(
-        Decoder(base.config, dtype=jnp.float32),
-        base.params,
-        prompts,
-        lengths,
-        GenerationConfig(max_new_tokens=10),
-    )
-    for row, length in enumerate(lengths):
-        text = torch.tensor(prompts[row : row + 1, :length])
-        wanted = model.generate(
-            text,
-            attention_mask=torch.ones_like(text),
-            max_new_tokens=10,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert np.asarray(made.tokens)[row].tolist() == wanted[0, length:].tolist()
+    check_prompts_of_several_lengths(model, load_base(tmp_path))
 
 
 @pytest.mark.parametrize("from_source", [True, False])
@@ -289,9 +268,9 @@ def test_an_exported_model_is_opened_by_transformers(tmp_path, option, from_sour
     model = torch_model(family, **options)
     model.save_pretrained(tmp_path / "source")
     base = load_base(tmp_path / "source")
-    scaled = jax.tree.map(lambda leaf: leaf * 1.1, base.params)
+    changed = scaled(base.params)
     export_huggingface(
-        scaled,
+        changed,
         base.config,
         tmp_path / "out",
         dtype=jnp.float32,
@@ -303,7 +282,7 @@ def test_an_exported_model_is_opened_by_transformers(tmp_path, option, from_sour
         tmp_path / "out", attn_implementation="eager", pad_token_id=None
     ).eval()
     assert type(opened) is type(model)
-    assert difference(torch_logits(opened), our_logits(scaled, base.config)) < 1e-4
+    assert difference(torch_logits(opened), our_logits(changed, base.config)) < 1e-4
     assert difference(torch_logits(opened), torch_logits(model)) > 1e-2
     tied = opened.lm_head.weight is opened.model.embed_tokens.weight
     assert tied == base.config.tie_embeddings
