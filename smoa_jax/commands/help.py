@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "Write a trained adapter for other tools, merged or for PEFT.",
     "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
     "inspect": "Show what an adapter touches and what it has learned.",
+    "experiment": "Run methods, rates and seeds of a grid into a ledger.",
     "upload": "Put an adapter or an export on the Hugging Face hub.",
 }
 
@@ -55,6 +56,9 @@ HEADINGS = {
     "optimizer": "the optimizer and its learning rate",
     "evaluation": "answers to held-out questions, scored",
     "mesh": "how devices share the work; -1: all that are left",
+    "grid": "methods, rates and seeds to compare",
+    "probe": "pairs to memorise, in the place of data",
+    "scoring": "rows that runs are scored on, beside data's own",
     "distributed": "several processes, as on several hosts",
 }
 
@@ -125,6 +129,15 @@ _PAGES = {
             "             [OPTION ...]",
         )
     ),
+    "experiment": _Page(
+        usage=("smoa experiment --config GRID [OPTION ...]",),
+        first=(
+            *("config", "model.path", "grid.methods", "grid.learning_rates", "grid.seeds"),
+            *("grid.refine_rates", "grid.refine_seeds", "grid.runs_at_once"),
+            *("probe.pairs", "scoring.test_files", "train.output_dir", "train.steps"),
+        ),
+        note="In a file, --grid.seeds is the key seeds in the section grid, and so on.",
+    ),
     "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),
 }
 
@@ -152,7 +165,7 @@ _WIDTH, _COLUMN = 80, 30
 
 def first_page() -> str:
     """What ``smoa --help`` prints."""
-    lines = [f"  smoa {name:9s} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  smoa {name:10s} {text}" for name, text in COMMANDS.items()]
     return _FIRST_PAGE.format(commands="\n".join(lines))
 
 
