@@ -40,12 +40,14 @@ class Program:
     """What was compiled for one structure of adapter.
 
     Attributes:
+        begin: (trainable trees, own leaves, a list of each) -> (state, own), of several runs.
         step: (state, rates, seeds, own, shared, batch) -> (state, metrics), of several runs.
-        merge: (trainable, frozen) of one run -> params to be scored.
+        merge: (trainable, own, shared, index) -> params of one of several runs, to be scored.
         memory_bytes: Arguments, results and temporaries of the step, as the compiler counts them.
         seconds: That compiling took.
     """
 
+    begin: Any
     step: Any
     merge: Any
     memory_bytes: int
@@ -66,15 +68,13 @@ class Prepared:
         """State, own and shared frozen leaves of runs with these seeds, side by side."""
         made = {seed: self.maker.trees(self.method, seed) for seed in {*seeds}}
         trees = [made[seed] for seed in seeds]
-        trainable = _stacked([tree[0] for tree in trees])
-        own = _stacked([own_leaves(tree[1])[0] for tree in trees])
-        state = jax.vmap(lambda tree: initial_state(tree, self.maker.optimizer))(trainable)
+        owns = [own_leaves(frozen)[0] for _, frozen in trees]
+        state, own = self.program.begin([trainable for trainable, _ in trees], owns)
         return state, own, own_leaves(trees[0][1])[1]
 
     def params_of(self, state: State, own: Params, shared: Params, run: int) -> Params:
         """What one of several runs has come to, to be scored."""
-        trainable, own = jax.tree.map(lambda leaf: leaf[run], (state["trainable"], own))
-        return self.program.merge(trainable, _joined(own, shared))
+        return self.program.merge(state["trainable"], own, shared, np.int32(run))
 
 
 class Maker:
@@ -164,25 +164,36 @@ class Maker:
         began = time.monotonic()
         runs = self._config.grid.runs_at_once
         own, shared = own_leaves(frozen)
-        state = jax.eval_shape(lambda: initial_state(_zeros(trainable), self.optimizer))
-        state, own, batch = (_batched(tree, runs) for tree in (state, own, self._batch))
+        # One program each, not one for every shape that is stacked or taken apart.
+        begin = jax.jit(self._begin).lower([trainable] * runs, [own] * runs)
+        state, own = begin.out_info
+        batch = {
+            name: jax.ShapeDtypeStruct((runs, *value.shape), value.dtype)
+            for name, value in self._batch.items()
+        }
         rates = jax.ShapeDtypeStruct((runs,), jnp.float32)
         seeds = jax.ShapeDtypeStruct((runs,), jnp.uint32)
         dropout = method.adapter.dropout > 0 and not method.full
         step = jax.vmap(self._one_step(dropout), in_axes=(0, 0, 0, 0, None, 0))
         jitted = jax.jit(step, donate_argnums=0)
         compiled = jitted.lower(state, rates, seeds, own, shared, batch).compile()
-
-        def merge(trainable: Params, frozen: Params) -> Params:
-            return generation_params(self._model, combine(trainable, frozen))
-
-        merged = jax.jit(merge).lower(trainable, frozen).compile()
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        merge = jax.jit(self._merge).lower(state["trainable"], own, shared, index)
         return Program(
+            begin=begin.compile(),
             step=compiled,
-            merge=merged,
+            merge=merge.compile(),
             memory_bytes=_memory(compiled),
             seconds=time.monotonic() - began,
         )
+
+    def _begin(self, trees: list[Params], owns: list[Params]) -> tuple[State, Params]:
+        trainable, own = _stacked(trees), _stacked(owns)
+        return jax.vmap(lambda tree: initial_state(tree, self.optimizer))(trainable), own
+
+    def _merge(self, trainable: Params, own: Params, shared: Params, run: jax.Array) -> Params:
+        one, its = jax.tree.map(lambda leaf: leaf[run], (trainable, own))
+        return generation_params(self._model, combine(one, _joined(its, shared)))
 
     def _one_step(self, dropout: bool) -> Any:
         """The project's step, with the rate and the seed as arguments."""
@@ -246,16 +257,8 @@ def _stacked(trees: list[Params]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _zeros(tree: Params) -> Params:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-
-
-def _batched(tree: Any, runs: int) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype), tree)
-
-
 def _structure(trees: Any) -> Any:
-    """Equal for trees that one program serves: shapes, dtypes, and what nodes hold beside arrays."""
+    """Equal for trees that one program serves: shapes, dtypes, and the settings of nodes."""
     leaves, treedef = jax.tree.flatten(trees)
     return treedef, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 

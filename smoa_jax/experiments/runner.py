@@ -34,7 +34,7 @@ from smoa_jax.experiments.tasks import Split, Task, build_task, plain_text
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.sharding.mesh import MeshConfig, make_mesh
 from smoa_jax.training.directory import plain
-from smoa_jax.training.environment import commit, record_environment
+from smoa_jax.training.environment import record_environment
 from smoa_jax.training.held_out import mean_loss
 from smoa_jax.training.model import adapter_config, resolve_dtype
 from smoa_jax.training.step import make_eval_step
@@ -105,6 +105,7 @@ class _Experiment:
     def __init__(self, config: ExperimentConfig, say: Callable[[str], None]):
         self._config, self._say = config, say
         self._began = time.monotonic()
+        self._failed: list[Exception] = []
         self._ledger = Path(config.train.output_dir).expanduser() / LEDGER_FILE
         self._device = jax.devices()[0]
         self._mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), [self._device])
@@ -126,22 +127,38 @@ class _Experiment:
     def run(self) -> Path:
         grid = self._config.grid
         rows = {row["run"]: row for row in read_ledger(self._ledger)}
-        wanted = {name: self._missing(planned_runs(self._config, name), rows) for name in grid.methods}
-        total = sum(len(planned_runs(self._config, name)) for name in grid.methods)
-        left = sum(map(len, wanted.values()))
+        runs = {name: planned_runs(self._config, name) for name in grid.methods}
+        wanted = {name: self._missing(runs[name], rows) for name in runs}
+        total, left = (sum(map(len, found.values())) for found in (runs, wanted))
         self._tell(f"{total} runs, {total - left} of them in {self._ledger}")
-        names = [n for n in grid.methods if wanted[n] or grid.refine_rates]
+        names = [name for name in runs if wanted[name] or grid.refine_rates]
         with self._prepared(names) as prepared:
             self._score_base(rows)
-            ready = {name: future.result() for name, future in prepared.items()}
+            ready: dict[str, Prepared] = {}
+            for name, future in prepared.items():
+                with self._kept_going(name):
+                    ready[name] = future.result()
             self._tell("programs compiled, " + self._compile_times(ready))
-            for name in names:
-                self._run_all(name, ready[name], wanted[name], rows)
-            for name in names if grid.refine_rates else ():
+            for name, method in ready.items():
+                with self._kept_going(name):
+                    self._run_all(name, method, wanted[name], rows)
+            for name, method in ready.items() if grid.refine_rates else ():
                 again = self._missing(refined_runs(self._config, name, self._own(rows)), rows)
-                self._run_all(name, ready[name], again, rows)
+                with self._kept_going(name):
+                    self._run_all(name, method, again, rows)
         self._say_best(rows)
+        if self._failed:
+            raise self._failed[-1]
         return self._ledger
+
+    @contextlib.contextmanager
+    def _kept_going(self, name: str) -> Iterator[None]:
+        """A method that the device cannot run keeps no other from it; it is told at the end."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            self._tell(f"{name} failed: {str(error).splitlines()[0][:200]}")
+            self._failed.append(error)
 
     # ---------------------------------------------------------------------------------- before
 
@@ -301,6 +318,13 @@ class _Experiment:
 
     # ---------------------------------------------------------------------------------- its rows
 
+    @functools.cached_property
+    def _environment(self) -> dict[str, Any]:
+        found = record_environment(self._mesh)
+        del found["peak_memory_bytes"]  # of all runs so far, and so of none
+        found["commit"] = found["commit"] or self._config.grid.commit
+        return {**found, "python": platform.python_version()}
+
     def _settings(self, run: PlannedRun) -> dict[str, Any]:
         """All that decides a run's numbers, as plain JSON."""
         config = self._config
@@ -337,9 +361,6 @@ class _Experiment:
         self, name: str, prepared: Prepared | None, run: PlannedRun, metrics: dict[str, Any]
     ) -> dict[str, Any]:
         total = sum(leaf.size for leaf in jax.tree.leaves(self._base.params))
-        environment = record_environment(self._mesh)
-        environment["commit"] = environment["commit"] or self._config.grid.commit
-        environment["python"] = platform.python_version()
         trained = 0 if prepared is None else prepared.trained
         return {
             "run": self._identity(run),
@@ -356,7 +377,7 @@ class _Experiment:
             "task": self._task(run.seed).counts,
             "text": "" if self._text is None else self._text[1],
             "config": self._settings(run),
-            "environment": environment,
+            "environment": self._environment,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
@@ -368,7 +389,9 @@ class _Experiment:
             if ranked:
                 ends = (min(ranked), max(ranked))
                 where = "at an end" if ranked[0] in ends else "inside"
-                self._tell(f"{name}: best rate {ranked[0]:g}, {where} of {ends[0]:g} to {ends[1]:g}")
+                self._tell(
+                    f"{name}: best rate {ranked[0]:g}, {where} of {ends[0]:g} to {ends[1]:g}"
+                )
 
     def _tell(self, text: str) -> None:
         self._say(f"{time.monotonic() - self._began:7.1f} s  {text}")

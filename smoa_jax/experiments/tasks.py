@@ -101,7 +101,9 @@ def build_task(config: ExperimentConfig, seed: int, tokenizer: Any) -> Task:
             "raise it",
         )
         digest.update(examples.tokens.tobytes())
-        return ExamplesIndex(examples=examples, plan=plan_rows(examples, max_length=data.max_length))
+        return ExamplesIndex(
+            examples=examples, plan=plan_rows(examples, max_length=data.max_length)
+        )
 
     index = encode(train)
     splits = {

@@ -121,7 +121,7 @@ def test_a_run_beside_others_is_the_run_that_it_is_alone(done, method, place):
 
 
 def test_a_killed_experiment_does_what_is_missing_and_nothing_twice(done, base, tmp_path):
-    config, rows, *_ = done
+    _, rows, *_ = done
     ledger = tmp_path / "out" / "ledger.jsonl"
     ledger.parent.mkdir()
     lines = [json.dumps(row) + "\n" for row in rows]
