@@ -12,7 +12,7 @@ import functools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ class _Experiment:
         self._config, self._say = config, say
         self._began = time.monotonic()
         self._failed: list[Exception] = []
+        self._compiling: Iterable[Future[Prepared]] = ()
         self._ledger = Path(config.train.output_dir).expanduser() / LEDGER_FILE
         self._device = jax.devices()[0]
         self._mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), [self._device])
@@ -133,15 +134,14 @@ class _Experiment:
         self._tell(f"{total} runs, {total - left} of them in {self._ledger}")
         names = [name for name in runs if wanted[name] or grid.refine_rates]
         with self._prepared(names) as prepared:
+            self._compiling = prepared.values()
             self._score_base(rows)
             ready: dict[str, Prepared] = {}
             for name, future in prepared.items():
                 with self._kept_going(name):
                     ready[name] = future.result()
-            self._tell("programs compiled, " + self._compile_times(ready))
-            for name, method in ready.items():
-                with self._kept_going(name):
-                    self._run_all(name, method, wanted[name], rows)
+                    self._run_all(name, ready[name], wanted[name], rows)
+            self._tell("programs compiled: " + self._compile_times(ready))
             for name, method in ready.items() if grid.refine_rates else ():
                 again = self._missing(refined_runs(self._config, name, self._own(rows)), rows)
                 with self._kept_going(name):
@@ -229,6 +229,7 @@ class _Experiment:
         rates = np.asarray([run.rate for run in filled], np.float32)
         losses = []
         jax.block_until_ready((state, own, shared))
+        alone = all(future.done() for future in self._compiling)
         began = time.monotonic()
         for batch in batches:
             state, metrics = prepared.program.step(
@@ -255,6 +256,7 @@ class _Experiment:
                 "seconds": round(seconds, 3),
                 "seconds_per_step": seconds / len(curves[0]),
                 "runs_at_once": size,
+                "while_compiling": not alone,
                 "scoring_seconds": round(time.monotonic() - before, 3),
                 "losses": [round(float(loss), 4) for loss in curves[place]],
             }
