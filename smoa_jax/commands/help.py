@@ -132,9 +132,9 @@ _PAGES = {
     "experiment": _Page(
         usage=("smoa experiment --config GRID [OPTION ...]",),
         first=(
-            *("config", "model.path", "grid.methods", "grid.learning_rates", "grid.seeds"),
-            *("grid.refine_rates", "grid.refine_seeds", "grid.runs_at_once"),
-            *("probe.pairs", "scoring.test_files", "train.output_dir", "train.steps"),
+            *("config", "model.path", "train.output_dir", "train.steps"),
+            *("grid.learning_rates", "grid.seeds", "grid.runs_at_once"),
+            *("probe.pairs", "scoring.test_files"),
         ),
         note="In a file, --grid.seeds is the key seeds in the section grid, and so on.",
     ),
@@ -150,13 +150,15 @@ _PLACEHOLDERS = {
     **dict.fromkeys(("spectra_cache", "spectra_cache_dir"), "DIR"),
     **dict.fromkeys(("model", "path"), "MODEL"),
     **{"config": "FILE", "plot": "FILE.png", "checkpoint": "WHICH", "target_modules": "NAMES"},
-    **{"train_files": "'[FILE]'", "eval_files": "'[FILE]'", "exclude_modules": "NAMES"},
+    **dict.fromkeys(("train_files", "eval_files", "test_files"), "'[FILE]'"),
+    "exclude_modules": "NAMES",
     **{"system": "TEXT", "coordinator_address": "HOST:PORT", "remat": "NAME", "layers": "LAYERS"},
 }
 _KINDS = {
     r"<class 'int'>|int \| None": "N",
     r"<class 'float'>|float \| None": "X",
     r"tuple\[int.*": "'[N, ...]'",
+    r"tuple\[float.*": "'[X, ...]'",
     r"dict.*|.*Mapping.*": "'{KEY: VALUE}'",
 }
 

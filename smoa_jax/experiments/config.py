@@ -23,10 +23,10 @@ from smoa_jax.training.config import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """One of the methods that a grid compares.
+    """One of the methods that a grid compares: its ``adapter``, a section as a run's, and these.
 
     Args:
-        adapter: What it trains.
+        adapter: What it trains, as the section ``adapter`` of a run has it.
         full: Train every weight of the base instead, without any adapter.
         learning_rates: To try; empty: the grid's.
     """

@@ -1,5 +1,10 @@
 """The ledger of an experiment: one JSON object a line, one line a run that is done.
 
+Beside the run (method, rate, seed and the whole configuration) a line has what it trained, its
+seconds, the losses of its steps, its scores on test and validation rows (``right`` has a digit for
+each test question, for paired comparisons), the loss of unrelated text, and the environment.
+``seconds_per_step`` is of ``runs_at_once`` runs side by side, ``step_memory_bytes`` likewise.
+
 A line is written by a single append, so that a run is in the ledger whole or not at all. What a
 killed process left of one is passed over when the ledger is read, and ended before the next.
 """

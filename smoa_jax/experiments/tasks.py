@@ -100,6 +100,10 @@ def build_task(config: ExperimentConfig, seed: int, tokenizer: Any) -> Task:
             "room for every one of them",
             "raise it",
         )
+        counts.update(
+            prompts_too_long=examples.counts["prompt_too_long"],
+            responses_cut=examples.counts["responses_truncated"],
+        )
         digest.update(examples.tokens.tobytes())
         return ExamplesIndex(
             examples=examples, plan=plan_rows(examples, max_length=data.max_length)
