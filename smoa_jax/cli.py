@@ -7,6 +7,7 @@
     smoa import    --model PATH --peft DIR --output DIR
     smoa inspect   --model PATH [--adapter DIR [--compare DIR]] [--plot FILE.png]
     smoa experiment --config GRID [--section.key VALUE ...]
+    smoa report    LEDGER [LEDGER ...] [--output DIR]
     smoa upload    --directory DIR --name ORGANISATION/NAME
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
@@ -337,6 +338,27 @@ def _experiment(arguments: list[str]) -> int:
         return experiment(config)
 
 
+def _report_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="smoa report", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("ledgers", nargs="+", metavar="LEDGER", help="Ledgers of experiments")
+    parser.add_argument(
+        "--output",
+        default="",
+        metavar="DIR",
+        help="Where to write; empty: report/ beside the first",
+    )
+    return parser
+
+
+def _report(arguments: list[str]) -> int:
+    from smoa_jax.commands.report import report
+
+    parsed = _parse(_report_parser(), arguments)
+    return report(parsed.ledgers, parsed.output)
+
+
 def _generate_parser() -> ArgumentParser:
     from smoa_jax.commands.generate import generate
 
@@ -442,6 +464,7 @@ _TABLE: dict[str, tuple[Callable[[], ArgumentParser], Callable[[list[str]], int]
     "evaluate": (_evaluate_parser, _evaluate),
     "generate": (_generate_parser, _generate),
     "experiment": (_experiment_parser, _experiment),
+    "report": (_report_parser, _report),
     **{name: (partial(_call_parser, name), partial(_call, name)) for name in _FUNCTIONS},
 }
 

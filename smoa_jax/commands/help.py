@@ -22,6 +22,7 @@ COMMANDS = {
     "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
     "inspect": "Show what an adapter touches and what it has learned.",
     "experiment": "Run methods, rates and seeds of a grid into a ledger.",
+    "report": "Show what ledgers say, as Markdown and HTML.",
     "upload": "Put an adapter or an export on the Hugging Face hub.",
 }
 
@@ -138,11 +139,15 @@ _PAGES = {
         ),
         note="In a file, --grid.seeds is the key seeds in the section grid, and so on.",
     ),
+    "report": _Page(usage=("smoa report LEDGER [LEDGER ...] [--output DIR]",)),
     "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),
 }
 
 #: What the parser knows by another name, and what of it isn't ours to word.
-_HEADS = {"adapter_dir": "--adapter DIR", "print_config": "--print_config"}
+_HEADS = {
+    **{"adapter_dir": "--adapter DIR", "print_config": "--print_config"},
+    "ledgers": "LEDGER",
+}
 _WORDS = {"print_config": "Show the configuration that the options make, and do no more"}
 #: What stands for a value, by the option's last name or else its kind.
 _PLACEHOLDERS = {
