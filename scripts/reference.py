@@ -25,6 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import smoa_jax
 from smoa_jax import cli
 from smoa_jax.commands.help import COMMANDS
+from smoa_jax.experiments.config import ExperimentConfig, MethodConfig
 from smoa_jax.training.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -150,8 +151,19 @@ def configuration() -> str:
         "command line too, as `--section.field VALUE`, where it overrides the file. "
         "`model.path` and `train.output_dir` alone have no default.",
     ]
-    for name, kind in get_type_hints(RunConfig).items():
+    of_runs = get_type_hints(RunConfig)
+    for name, kind in of_runs.items():
         parts += _section(name, kind)
+    parts += [
+        "## Of an experiment",
+        "`smoa experiment` takes the sections model, train, data, optimizer and evaluation of a "
+        "run, whose seeds, adapter and learning rate are the grid's, and these.",
+    ]
+    for name, kind in get_type_hints(ExperimentConfig).items():
+        if name not in of_runs:
+            parts += _section(name, kind)
+    # An adapter's fields are those of the section of that name above.
+    parts += list(_section("grid.methods.NAME", MethodConfig))[:3]
     return "\n\n".join(parts) + "\n"
 
 
@@ -237,7 +249,7 @@ def commands() -> str:
 def _command(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield f"## smoa {command}"
     yield COMMANDS[command]
-    takes_run = command in ("train", "evaluate")
+    takes_run = command in ("train", "evaluate", "experiment")
     rows = []
     for action in parser._actions:
         if action.dest == "help" or action.default == argparse.SUPPRESS:
@@ -255,7 +267,8 @@ def _command(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def _option(action: argparse.Action) -> tuple[str, str, str, str]:
     # What evaluate's --adapter was called before is what the parser knows it by.
-    option = f"`{action.option_strings[0].replace('--adapter_dir', '--adapter')}`"
+    name = (action.option_strings or [str(action.metavar)])[0]
+    option = f"`{name.replace('--adapter_dir', '--adapter')}`"
     hint = getattr(action, "_typehint", None)
     kind = hint if hint is not None else action.type
     if action.nargs == 0:
@@ -426,6 +439,7 @@ _FORMATS = (
     ("An Orbax model", "checkpoint.export.orbax"),
     ("An adapter for PEFT", "checkpoint.peft.export"),
     ("The cache of spectra", "adapter.planning.cache"),
+    ("The ledger of an experiment", "experiments.ledger"),
 )
 
 

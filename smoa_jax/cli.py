@@ -6,6 +6,8 @@
     smoa export    --model PATH --adapter DIR --output DIR [--format huggingface | orbax | peft]
     smoa import    --model PATH --peft DIR --output DIR
     smoa inspect   --model PATH [--adapter DIR [--compare DIR]] [--plot FILE.png]
+    smoa experiment --config GRID [--section.key VALUE ...]
+    smoa report    LEDGER [LEDGER ...] [--output DIR]
     smoa upload    --directory DIR --name ORGANISATION/NAME
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
@@ -200,22 +202,30 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def _run_parser(command: str) -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
     from smoa_jax.training.config import RunConfig
 
+    return _config_parser(command, RunConfig, "YAML file of a run")
+
+
+def _config_parser(command: str, kind: type, text: str) -> ArgumentParser:
+    """A parser whose options are the fields of a configuration, section by section."""
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of a run")
-    parser.add_class_arguments(RunConfig, None)
+    parser.add_argument("--config", action="config", help=text)
+    parser.add_class_arguments(kind, None)
     return parser
 
 
 def _run_config(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
     from smoa_jax.training.config import RunConfig
 
+    return _config(parser, parsed, RunConfig)
+
+
+def _config(parser: ArgumentParser, parsed: Namespace, kind: type) -> Any:
     made = parser.instantiate(parsed)
-    names = RunConfig.__dataclass_fields__
-    return RunConfig(**{name: made[name] for name in names})
+    return kind(**{name: made[name] for name in kind.__dataclass_fields__})
 
 
 def _train_parser() -> ArgumentParser:
@@ -309,6 +319,44 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
     description = read_adapter(directory)
     template = {"data.template": description.template} if description.template else {}
     return {"model.path": description.base_name, "train.output_dir": "unused"} | template
+
+
+def _experiment_parser() -> ArgumentParser:
+    from smoa_jax.experiments.config import ExperimentConfig
+
+    return _config_parser("experiment", ExperimentConfig, "YAML file of an experiment")
+
+
+def _experiment(arguments: list[str]) -> int:
+    from smoa_jax.commands.experiment import experiment
+    from smoa_jax.experiments.config import ExperimentConfig
+    from smoa_jax.sharding.memory import exhaustion_explained
+
+    parser = _experiment_parser()
+    config = _config(parser, _parse(parser, arguments), ExperimentConfig)
+    with exhaustion_explained("lower grid.runs_at_once or evaluation.batch_size"):
+        return experiment(config)
+
+
+def _report_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="smoa report", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("ledgers", nargs="+", metavar="LEDGER", help="Ledgers of experiments")
+    parser.add_argument(
+        "--output",
+        default="",
+        metavar="DIR",
+        help="Where to write; empty: report/ beside the first",
+    )
+    return parser
+
+
+def _report(arguments: list[str]) -> int:
+    from smoa_jax.commands.report import report
+
+    parsed = _parse(_report_parser(), arguments)
+    return report(parsed.ledgers, parsed.output)
 
 
 def _generate_parser() -> ArgumentParser:
@@ -415,6 +463,8 @@ _TABLE: dict[str, tuple[Callable[[], ArgumentParser], Callable[[list[str]], int]
     "train": (_train_parser, _train),
     "evaluate": (_evaluate_parser, _evaluate),
     "generate": (_generate_parser, _generate),
+    "experiment": (_experiment_parser, _experiment),
+    "report": (_report_parser, _report),
     **{name: (partial(_call_parser, name), partial(_call, name)) for name in _FUNCTIONS},
 }
 

@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.tree import apply_smoa, count_trainable, trainable_mask
-from smoa_jax.cli import main, parse_run
+from smoa_jax.cli import _config, _parse, command_parser, main, parse_run
+from smoa_jax.experiments.config import ExperimentConfig
 from smoa_jax.models.params import abstract_params
 from smoa_jax.models.stacks import layer_stacks
 from smoa_jax.sharding.mesh import AXES, check_batch
@@ -32,6 +33,7 @@ from tests.models.real_configs import REAL_MODELS as ONE_SHAPE
 ROOT = Path(__file__).parents[1]
 REAL_MODELS = ONE_SHAPE | REAL_GEMMA4
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDY = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
@@ -269,6 +271,19 @@ def test_the_readmes_other_commands_parse():
             at = words.index("--adapter")
             del words[at : at + 2]
         parse_run(words)
+
+
+@pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
+def test_a_grid_holds_the_trained_parameters_equal_that_its_comment_names(path):
+    parser = command_parser("experiment")
+    config = _config(parser, _parse(parser, ["--config", str(path)]), ExperimentConfig)
+    base = abstract_params(REAL_MODELS["SmolLM2-135M"].config)
+    counts = {count_trainable(base, method.adapter) for method in config.grid.methods.values()}
+    comment = " ".join(
+        line.lstrip("# ") for line in path.read_text().split("model:")[0].split("\n")
+    )
+    assert [f"{count:,}" for count in counts] == re.findall(r"(\d+,\d+) trained", comment)
+    assert f"smoa experiment --config configs/study/{path.name}" in comment
 
 
 def test_an_unknown_key_is_one_line_and_exit_status_two(tmp_path, capsys):

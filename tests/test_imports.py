@@ -23,7 +23,13 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"adapter", "models", "sharding", "checkpoint", "data"},
     "training": {"adapter", "models", "sharding", "checkpoint", "data", "evaluation"},
-    "commands": {"adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"},
+    "experiments": {
+        *("adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"),
+    },
+    "commands": {
+        *("adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"),
+        "experiments",
+    },
 }
 #: The one way to refuse, which everyone speaks.
 EVERYONE_MAY_IMPORT = {"checks"}

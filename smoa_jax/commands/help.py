@@ -21,6 +21,8 @@ COMMANDS = {
     "export": "Write a trained adapter for other tools, merged or for PEFT.",
     "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
     "inspect": "Show what an adapter touches and what it has learned.",
+    "experiment": "Run methods, rates and seeds of a grid into a ledger.",
+    "report": "Show what ledgers say, as Markdown and HTML.",
     "upload": "Put an adapter or an export on the Hugging Face hub.",
 }
 
@@ -55,6 +57,9 @@ HEADINGS = {
     "optimizer": "the optimizer and its learning rate",
     "evaluation": "answers to held-out questions, scored",
     "mesh": "how devices share the work; -1: all that are left",
+    "grid": "methods, rates and seeds to compare",
+    "probe": "pairs to memorise, in the place of data",
+    "scoring": "rows that runs are scored on, beside data's own",
     "distributed": "several processes, as on several hosts",
 }
 
@@ -125,11 +130,24 @@ _PAGES = {
             "             [OPTION ...]",
         )
     ),
+    "experiment": _Page(
+        usage=("smoa experiment --config GRID [OPTION ...]",),
+        first=(
+            *("config", "model.path", "train.output_dir", "train.steps"),
+            *("grid.learning_rates", "grid.seeds", "grid.runs_at_once"),
+            *("probe.pairs", "scoring.test_files"),
+        ),
+        note="In a file, --grid.seeds is the key seeds in the section grid, and so on.",
+    ),
+    "report": _Page(usage=("smoa report LEDGER [LEDGER ...] [--output DIR]",)),
     "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),
 }
 
 #: What the parser knows by another name, and what of it isn't ours to word.
-_HEADS = {"adapter_dir": "--adapter DIR", "print_config": "--print_config"}
+_HEADS = {
+    **{"adapter_dir": "--adapter DIR", "print_config": "--print_config"},
+    "ledgers": "LEDGER",
+}
 _WORDS = {"print_config": "Show the configuration that the options make, and do no more"}
 #: What stands for a value, by the option's last name or else its kind.
 _PLACEHOLDERS = {
@@ -137,13 +155,15 @@ _PLACEHOLDERS = {
     **dict.fromkeys(("spectra_cache", "spectra_cache_dir"), "DIR"),
     **dict.fromkeys(("model", "path"), "MODEL"),
     **{"config": "FILE", "plot": "FILE.png", "checkpoint": "WHICH", "target_modules": "NAMES"},
-    **{"train_files": "'[FILE]'", "eval_files": "'[FILE]'", "exclude_modules": "NAMES"},
+    **dict.fromkeys(("train_files", "eval_files", "test_files"), "'[FILE]'"),
+    "exclude_modules": "NAMES",
     **{"system": "TEXT", "coordinator_address": "HOST:PORT", "remat": "NAME", "layers": "LAYERS"},
 }
 _KINDS = {
     r"<class 'int'>|int \| None": "N",
     r"<class 'float'>|float \| None": "X",
     r"tuple\[int.*": "'[N, ...]'",
+    r"tuple\[float.*": "'[X, ...]'",
     r"dict.*|.*Mapping.*": "'{KEY: VALUE}'",
 }
 
@@ -152,7 +172,7 @@ _WIDTH, _COLUMN = 80, 30
 
 def first_page() -> str:
     """What ``smoa --help`` prints."""
-    lines = [f"  smoa {name:9s} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  smoa {name:10s} {text}" for name, text in COMMANDS.items()]
     return _FIRST_PAGE.format(commands="\n".join(lines))
 
 

@@ -1,9 +1,10 @@
 """From generated text to an answer, and from answers to a score.
 
-Three protocols, named because accuracies under different ones cannot be compared:
+Four protocols, named because accuracies under different ones cannot be compared:
 
 - ``exact``: the whole response, whitespace and letter case aside (the project's own tasks);
 - ``number``: the last number of the response, as GSM8K is scored;
+- ``equation``: the value of the first line's equation, ``X=(4.0*3.0)`` or ``4*3`` (MAWPS);
 - ``choice``: the first answer label of the task's kind, as LLM-Adapters scores its commonsense
   tasks (BoolQ ``true``/``false``, PIQA ``solution1``, ARC ``answer3``, HellaSwag ``ending4``, ...).
 
@@ -13,16 +14,18 @@ format is another finding than one that is wrong.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import operator
 import re
-from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Sequence
+from decimal import Decimal, DecimalException, InvalidOperation
 from typing import Literal, TypeAlias
 
 from smoa_jax.checks import require
 
-Protocol: TypeAlias = Literal["exact", "number", "choice"]
+Protocol: TypeAlias = Literal["exact", "number", "equation", "choice"]
 
 #: Label patterns of the commonsense tasks.
 _CHOICES: dict[str, str] = {
@@ -38,6 +41,7 @@ _CHOICES: dict[str, str] = {
 #: Task name -> protocol; a task that is not named here is scored by ``exact``.
 TASK_PROTOCOLS: dict[str, Protocol] = {
     "gsm8k": "number",
+    "mawps": "equation",
     **dict.fromkeys(_CHOICES, "choice"),
 }
 _ANY_CHOICE = r"true|false|(?:solution|answer|ending|option)[1-9]"
@@ -56,6 +60,14 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+#: What an equation may be made of.
+_OPERATORS: dict[type, Callable[[Decimal, Decimal], Decimal]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_LONGEST_EQUATION = 200
 #: LLM-Adapters' tolerance, for references that are written with fewer decimals.
 _NUMBER_TOLERANCE = Decimal("0.001")
 
@@ -125,11 +137,14 @@ def extract_answer(response: str, task: str = "", protocol: Protocol | None = No
     if protocol == "number":
         numbers = _NUMBER.findall(response)
         return _canonical_number(numbers[-1]) if numbers else None
+    if protocol == "equation":
+        value = _equation_value(response)
+        return None if value is None else format(value, "f")
     if protocol == "choice":
         pattern = rf"\b(?:{_CHOICES.get(task, _ANY_CHOICE)})\b"
         match = re.search(pattern, response, re.IGNORECASE)
         return match.group().lower() if match else None
-    raise ValueError(f"got protocol {protocol!r}; expected exact, number or choice")
+    raise ValueError(f"got protocol {protocol!r}; expected exact, number, equation or choice")
 
 
 def expected_answer(reference: str, task: str = "", protocol: Protocol | None = None) -> str:
@@ -179,9 +194,34 @@ def score_responses(
 def _same(answer: str | None, expected: str, protocol: Protocol) -> bool:
     if answer is None:
         return False
-    if protocol == "number":
+    if protocol in ("number", "equation"):
         return abs(Decimal(answer) - Decimal(expected)) <= _NUMBER_TOLERANCE
     return answer == expected
+
+
+def _equation_value(response: str) -> Decimal | None:
+    """What the first line comes to, after an unknown and its sign of equality; None if nothing."""
+    line = (response.strip().splitlines() or [""])[0]
+    text = re.sub(r"^\s*[A-Za-z]\w*\s*=", "", line).strip()
+    if len(text) > _LONGEST_EQUATION or not re.fullmatch(r"[\d\s.+\-*/()]+", text):
+        return None
+    try:
+        # "007" is a number to people and a mistake to Python.
+        tree = ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", text), mode="eval")
+        return _value(tree.body)
+    except (SyntaxError, RecursionError, DecimalException):
+        return None
+
+
+def _value(node: ast.AST) -> Decimal:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _value(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return Decimal(str(node.value))
+    raise SyntaxError("no equation of numbers")
 
 
 def _canonical_number(text: str) -> str:

@@ -217,7 +217,8 @@ class GenerationEvalConfig:
         max_new_tokens: Longest answer.
         batch_size: Questions at a time.
         answer: How an answer is found in the text: ``exact``, the whole of it, spaces and letter
-            case aside; ``number``, its last number; ``choice``, its first label.
+            case aside; ``number``, its last number; ``equation``, the value of its first line;
+            ``choice``, its first label.
         task: A task of the papers whose labels ``choice`` looks for, such as boolq; empty: the
             labels of all of them.
         before: Score the base model too.
@@ -226,7 +227,7 @@ class GenerationEvalConfig:
     rows: int = 0
     max_new_tokens: int = 16
     batch_size: int = 32
-    answer: Literal["exact", "number", "choice"] = "exact"
+    answer: Literal["exact", "number", "equation", "choice"] = "exact"
     task: str = ""
     before: bool = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import optax
 
 from smoa_jax.training.config import RunConfig
@@ -17,9 +18,15 @@ def warmup_steps(config: RunConfig, steps: int) -> int:
     return min(optimizer.warmup_steps, longest, max(steps - 1, 0))
 
 
-def make_schedule(config: RunConfig, steps: int) -> optax.Schedule:
-    """Learning rate by optimizer step: linear warm-up from 0, then decay until ``steps``."""
-    optimizer, peak = config.optimizer, config.learning_rate
+def make_schedule(
+    config: RunConfig, steps: int, peak: float | jax.Array | None = None
+) -> optax.Schedule:
+    """Learning rate by optimizer step: linear warm-up from 0, then decay until ``steps``.
+
+    ``peak`` stands in the place of the configuration's rate. Traced, as the argument of a step, it
+    lets runs that differ in it alone share what was compiled.
+    """
+    optimizer, peak = config.optimizer, config.learning_rate if peak is None else peak
     warmup = warmup_steps(config, steps)
     rest = max(steps - warmup, 1)
     if optimizer.schedule == "constant":
@@ -35,11 +42,16 @@ def make_schedule(config: RunConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(config: RunConfig, steps: int) -> optax.GradientTransformation:
-    """The transform for the trainable part of the params; frozen leaves never reach it."""
+def make_optimizer(
+    config: RunConfig, steps: int, peak: float | jax.Array | None = None
+) -> optax.GradientTransformation:
+    """The transform for the trainable part of the params; frozen leaves never reach it.
+
+    ``peak`` as for ``make_schedule``; the optimizer's state doesn't depend on it.
+    """
     settings = config.optimizer
     adamw = optax.adamw(
-        make_schedule(config, steps),
+        make_schedule(config, steps, peak),
         b1=settings.beta1,
         b2=settings.beta2,
         eps=settings.epsilon,

@@ -14,6 +14,7 @@ import pytest
 
 from smoa_jax.cli import main
 from smoa_jax.commands.help import COMMANDS, HEADINGS
+from smoa_jax.experiments.config import ExperimentConfig
 from smoa_jax.training.config import DEFAULT_LEARNING_RATES, RunConfig
 from tests.cli.tiny import refusal
 
@@ -67,6 +68,7 @@ FIRST = {
         *("model", "adapter", "compare", "target_modules", "layers", "rank", "plot"),
         *("details", "json"),
     ],
+    "experiment": ["config", "model.path", "grid.learning_rates", "grid.seeds", "probe.pairs"],
     "upload": ["directory", "name", "public", "message"],
 }
 
@@ -97,6 +99,7 @@ def test_all_of_train_is_every_field_of_a_run_under_the_heading_of_its_section(c
             heading = line.partition(":")[0]
         for name in options(line):
             assert heading == (name.rpartition(".")[0] or "options")
+    known |= set(fields(ExperimentConfig))
     assert set(HEADINGS) - {""} == {name.rpartition(".")[0] for name in known}
 
 

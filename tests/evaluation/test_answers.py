@@ -21,6 +21,36 @@ PAPER_DATA = Path(
 
 
 @pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("X=(4.0*3.0)", "12.00"),
+        ("x = 22 - (14/4)", "18.5"),
+        ("3*6", "18"),
+        ("X=-3+007", "4"),
+        ("X=2*3\nX=99", "6"),
+        ("X=1.5", "1.5"),
+        ("X=0.5*.5", "0.25"),
+        ("X=1/0", None),
+        ("X=9**9**9", None),
+        ("X=7//2", None),
+        ("X=2+y", None),
+        ("X-2=6", None),
+        ("the answer is 4", None),
+        ("X=", None),
+        ("", None),
+        ("X=" + "(" * 300 + "1", None),
+    ],
+)
+def test_an_equation_is_worth_what_its_first_line_comes_to(response, value):
+    assert extract_answer(response, "mawps") == value
+
+
+def test_equations_are_compared_by_value():
+    score = score_responses(["X=10/3", "x=7-3", "no"], ["3.333", "4.0", "1"], "mawps")
+    assert (score.right, score.unanswered) == ((True, True, False), 1)
+
+
+@pytest.mark.parametrize(
     ("response", "answer"),
     [
         ("The answer is 16 hours.", "16"),
@@ -133,7 +163,7 @@ def test_a_protocol_may_be_named():
     [
         ("arc-easy", "choice", r"got evaluation.task='arc-easy'; .* did you mean ARC-Easy"),
         ("bolq", "choice", r"did you mean boolq\? leave it empty for another task"),
-        ("zzz", "choice", r"expected one of gsm8k, boolq, .*winogrande; leave it empty"),
+        ("zzz", "choice", r"expected one of gsm8k, mawps, boolq, .*winogrande; leave it empty"),
         ("gsm8k", "exact", r"task='gsm8k' with evaluation.answer='exact'; expected 'number'"),
         ("boolq", "number", r"expected 'choice', which the task is scored by"),
     ],
