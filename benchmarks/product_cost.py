@@ -4,16 +4,18 @@
     python benchmarks/product_cost.py --shape 576x1536 --tokens 1024 --dtype float32
 
 Each row is timed in turn, round after round, so that all see the same machine; times are medians
-over rounds, the spread is half the distance of the quartiles. FLOPs and temporaries are the
-compiler's for this device. ``frozen`` is ``x W`` and ``dx``; a floor is given where method.md's
-cost model has one. ``gathered`` is no part of the library: blocks in any order by gathers of x, W
-and y, to see what they cost on this device.
+over rounds, the spread is half the distance of the quartiles. FLOPs, bytes and temporaries are the
+compiler's: of the device at hand (on a GPU products are library calls, whose FLOPs it doesn't
+count) or, with ``--topology v5e:2x2``, of a TPU that isn't there, and nothing is timed. ``frozen``
+is ``x W`` and ``dx``; a floor is given where method.md's cost model has one. ``gathered`` is no part
+of the library: blocks in any order by gathers of x, W and y, to see what they cost on a device.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.modulation import modulated_matmul
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--bands", action="store_true", help="bands too: their plan takes long")
+    parser.add_argument("--topology", default="", help="compile for a TPU, such as v5e:2x2")
     options = parser.parse_args()
     inputs, outputs = map(int, options.shape.split("x"))
     keys = jax.random.split(jax.random.key(0), 3)
@@ -159,32 +163,52 @@ def main() -> None:
     kernel = (inputs**-0.5 * jax.random.normal(keys[0], (inputs, outputs))).astype(dtype)
     x = jax.random.normal(keys[1], (options.tokens, inputs)).astype(dtype)
     dy = jax.random.normal(keys[2], (options.tokens, outputs)).astype(dtype)
-    product = jax.jit(dense_matmul).lower(x, kernel).compile()
-    compiled, arguments = {"x W": product}, {"x W": (x, kernel)}
     rows = cases(kernel, options.rank, options.bands)
-    for name, (step, factors, _) in rows.items():
-        compiled[name] = jax.jit(step).lower(factors, x, kernel, dy).compile()
-        arguments[name] = (factors, x, kernel, dy)
-    times = measure(compiled, arguments, options.rounds, options.repeats)
-    unit, flops = times["x W"][0], 2 * options.tokens * inputs * outputs
-    device = jax.devices()[0].device_kind
+    runs = {"x W": (lambda _, x, kernel, dy: dense_matmul(x, kernel), None)}
+    runs |= {name: (step, factors) for name, (step, factors, _) in rows.items()}
+    arguments = {name: (factors, x, kernel, dy) for name, (_, factors) in runs.items()}
+    where = None
+    if options.topology:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+        where = SingleDeviceSharding(topology.devices[0])
+    compiled = {
+        name: jax.jit(step).lower(*_placed(arguments[name], where)).compile()
+        for name, (step, _) in runs.items()
+    }
+    device = options.topology or jax.devices()[0].device_kind
+    flops = 2 * options.tokens * inputs * outputs
     print(
         f"{options.shape}, {options.tokens} tokens, {dtype.name}, {device}, jax {jax.__version__}"
     )
-    print(f"x W: {1e3 * unit:.3f} ms, {flops / unit / 1e12:.1f} TFLOP/s\n")
-    print("| | ms | +- | units by the clock | units by FLOPs | floor | temporaries, MiB |")
+    times = {}
+    if not options.topology:
+        times = measure(compiled, arguments, options.rounds, options.repeats)
+        unit = times["x W"][0]
+        print(f"x W: {1e3 * unit:.3f} ms, {flops / unit / 1e12:.1f} TFLOP/s")
+    print("\n| | floor | units by FLOPs | GiB moved | temporaries, MiB | units by the clock | ms |")
     print("|---|---|---|---|---|---|---|")
     for name, (_, _, floor) in rows.items():
-        seconds, spread = times[name]
         cost: Any = compiled[name].cost_analysis() or {}
         memory: Any = compiled[name].memory_analysis()
-        counted = np.asarray(cost.get("flops", np.nan)) / flops
-        print(
-            f"| {name} | {1e3 * seconds:.3f} | {1e3 * spread:.3f} | {seconds / unit:.2f} | "
-            f"{counted:.2f} | {f'{floor:.2f}' if floor else ''} | "
-            f"{memory.temp_size_in_bytes / 2**20:.0f} |",
-            flush=True,
-        )
+        cells = [
+            name,
+            f"{floor:.2f}" if floor else "",
+            f"{cost.get('flops', math.nan) / flops:.2f}",
+        ]
+        cells.append(f"{cost.get('bytes accessed', math.nan) / 2**30:.2f}")
+        cells.append(f"{memory.temp_size_in_bytes / 2**20:.0f}")
+        if name in times:
+            seconds, spread = times[name]
+            cells.append(f"{seconds / times['x W'][0]:.2f}")
+            cells.append(f"{1e3 * seconds:.3f} ± {1e3 * spread:.3f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    """Arrays as they are, or their shapes on a device that isn't there."""
+    if where is None:
+        return tree
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def test_evaluate_says_how_far_it_is_beside_what_it_prints(trained, capsys, one_
     assert set(json.loads(said.out)) >= {"loss_adapted", "accuracy_adapted"}
     lines = [line.split("  ")[0] for line in said.err.splitlines()]
     both = ("base", "adapted")
-    assert lines[-4:] == [
+    # On a slow machine there are lines in between.
+    assert [line for line in lines if line.endswith((" 2/2", " 8/8"))][-4:] == [
         *(f"held-out loss, {which} 2/2" for which in both),
         *(f"answers, {which} 8/8" for which in both),
     ]

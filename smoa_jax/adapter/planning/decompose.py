@@ -20,6 +20,8 @@ import numpy as np
 from smoa_jax.checks import require
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+#: How many programs there are at most for the bands of kernels of one shape.
+_BAND_WIDTHS = 16
 
 
 def band_cuts(singular_values: np.ndarray, num_bands: int, path: str) -> tuple[int, ...]:
@@ -85,7 +87,7 @@ def layer_bands(
     rest = matrix.astype(jnp.float32)
     parts, norms = [], []
     for start, stop in itertools.pairwise(edges):
-        part = _band(vectors, projected, start=start, stop=stop, transposed=transposed)
+        part = _band(vectors, projected, start, stop, transposed)
         part = part.astype(matrix.dtype)  # the last band then takes up this rounding
         rest = rest - part.astype(jnp.float32)
         parts.append(np.asarray(part))
@@ -147,7 +149,26 @@ def _factors(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return _decompose(weight if wide else weight.T)
 
 
-@functools.partial(jax.jit, static_argnames=("start", "stop", "transposed"))
-def _band(vectors, projected, *, start: int, stop: int, transposed: bool) -> jax.Array:
-    part = jnp.matmul(vectors[:, start:stop], projected[:, start:stop].T, precision=_HIGHEST)
+def _band(
+    vectors: jax.Array, projected: jax.Array, start: int, stop: int, transposed: bool
+) -> jax.Array:
+    """``U_m (W^T U_m)^T`` of the indices from ``start`` to before ``stop``.
+
+    Taken as wide as a multiple of q/16, so that cuts that differ from kernel to kernel don't each
+    compile a program: on a GPU that took longer than the decompositions.
+    """
+    size = vectors.shape[1]
+    step = max(1, -(-size // _BAND_WIDTHS))
+    width = min(size, -(-(stop - start) // step) * step)
+    first = min(start, size - width)
+    return _band_product(vectors, projected, first, start, stop, width=width, transposed=transposed)
+
+
+@functools.partial(jax.jit, static_argnames=("width", "transposed"))
+def _band_product(vectors, projected, first, start, stop, *, width: int, transposed: bool):
+    index = first + jnp.arange(width)
+    inside = ((index >= start) & (index < stop))[None, :]
+    left = jnp.where(inside, jax.lax.dynamic_slice_in_dim(vectors, first, width, axis=1), 0)
+    right = jax.lax.dynamic_slice_in_dim(projected, first, width, axis=1)
+    part = jnp.matmul(left, right.T, precision=_HIGHEST)
     return part.T if transposed else part

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.planning import decompose
 from smoa_jax.adapter.planning import spectra as planning
+from smoa_jax.adapter.planning.decompose import layer_bands
 from smoa_jax.adapter.planning.spectra import plan_spectra
 from smoa_jax.adapter.tree import apply_smoa
 from smoa_jax.checkpoint.errors import CheckpointError
@@ -121,3 +123,13 @@ def test_known_cuts_are_cached_apart_from_those_found_by_energy(base, tmp_path, 
     again = plan_spectra(base, BANDS, cache_dir=tmp_path)
     assert len(computed) == 6
     jax.tree.map(np.testing.assert_array_equal, again, spectra)
+
+
+def test_bands_of_other_cuts_share_a_program():
+    weight = jax.random.normal(jax.random.key(3), (48, 52))
+    for cut in range(10, 13):
+        layer_bands(weight, 2, "layer", cuts=[cut])
+    programs = decompose._band_product._cache_size()
+    for cut in range(13, 40):
+        layer_bands(weight, 2, "layer", cuts=[cut])
+    assert decompose._band_product._cache_size() - programs <= 9
