@@ -11,7 +11,7 @@ is fixed when it is compiled, so a layer chooses between two kernels by ``lax.co
 opaque to the partitioner, so on a mesh each device runs its own on its own rows and heads
 (``jax.shard_map``), without communication.
 
-``choose_attention`` says which one a run takes. The docstrings of the two say what is known of each.
+``choose_attention`` says which one a run takes; their docstrings say what is known of each.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ class CudnnAttention:
     and its gradient where JAX insists on one: less than the scores of all heads, but no longer
     linear in T.
 
-    On an NVIDIA H200 in bf16 it equals the plain path to 2.9e-3 and its gradients to 3.5e-3 (norm of
-    the difference over the norm), packed and not, with a window and without
+    On an NVIDIA H200 in bf16 it equals the plain path to 2.9e-3 and its gradients to 3.5e-3 (norm
+    of the difference over the norm), packed and not, with a window and without
     (``benchmarks/gpu_checks.py``).
 
     Args:
