@@ -32,7 +32,12 @@ from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.decoder import Decoder, abstract_params
 from smoa_jax.models.fused_attention import AttentionSharding, SplashAttention
 from smoa_jax.sharding.mesh import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
-from smoa_jax.sharding.rules import activation_constraint, param_shardings, product_shardings
+from smoa_jax.sharding.rules import (
+    activation_constraint,
+    head_sharding,
+    param_shardings,
+    product_shardings,
+)
 from smoa_jax.training.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from smoa_jax.training.optimizer import make_optimizer
 from smoa_jax.training.state import state_shardings
@@ -78,6 +83,7 @@ def compile_step(mesh: Mesh, adapter: SmoaConfig, rows: int, length: int, produc
             sharding=AttentionSharding(mesh=mesh, batch=BATCH_AXES, heads=("tensor",))
         ),
         products=product_shardings(base, mesh) if products else ProductShardings(),
+        head=head_sharding(base, mesh),
     )
     config = RunConfig(
         model=ModelConfig(path="none"),
