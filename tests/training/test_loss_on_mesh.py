@@ -62,8 +62,8 @@ ADAPTERS = {
 }
 #: Model, adapter and the meshes on which to try them; every option of any occurs.
 CASES = [
-    ("tied", "layers", ("fsdp", "all")),
-    ("capped", "layers", ("both",)),
+    ("tied", "layers", ("fsdp", "both")),
+    ("capped", "layers", ("all",)),
     ("own", "head", ("tensor", "all", "data")),
     ("own", "head_bands", ("both",)),
     ("own", "head_dropout", ("fsdp", "both")),
@@ -77,9 +77,12 @@ def batch_of_rows():
         mask[row, LENGTH - 1 - count : LENGTH - 1] = rng.uniform(0.5, 2.0, count)
     segments = np.ones((ROWS, LENGTH), np.int32)
     segments[4, 6:] = 2
+    targets = rng.integers(0, 1052, (ROWS, LENGTH)).astype(np.int32)
+    # The first columns of the second half are where a part of the first one has its padding.
+    targets[1, 2:5], targets[7, 6:9] = (526, 527, 528), (0, 525, 1051)
     return {
         "tokens": rng.integers(0, 1052, (ROWS, LENGTH)).astype(np.int32),
-        "targets": rng.integers(0, 1052, (ROWS, LENGTH)).astype(np.int32),
+        "targets": targets,
         "loss_mask": mask,
         "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
         "segment_ids": segments,
