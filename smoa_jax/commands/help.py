@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "Write a trained adapter for other tools, merged or for PEFT.",
     "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
     "inspect": "Show what an adapter touches and what it has learned.",
+    "plan": "Tell whether a run fits a slice before it is rented, and how fast it can be.",
     "upload": "Put an adapter or an export on the Hugging Face hub.",
 }
 
@@ -124,6 +125,26 @@ _PAGES = {
             "smoa inspect --model MODEL [--rank N] [--target_modules NAMES]",
             "             [OPTION ...]",
         )
+    ),
+    "plan": _Page(
+        usage=(
+            "smoa plan --config FILE --topology SLICE [OPTION ...]",
+            "smoa plan --model.path MODEL --topology SLICE [--search] [--remat all]",
+        ),
+        first=(
+            *("config", "topology", "search", "remat", "estimate", "json", "model.path"),
+            *("model.remat", "train.batch_size", "train.accumulate", "data.max_length"),
+            *("adapter.rank", "adapter.partition", "mesh.fsdp", "mesh.tensor"),
+        ),
+        useless=(
+            r"(evaluation|distributed|data\.hub|data\.task)\..*|model\.spectra_cache"
+            r"|optimizer\.(?!clip_norm).*|data\.(?!max_length|pack).*"
+            r"|train\.(?!batch_size|accumulate|loss_chunk).*"
+        ),
+        note=(
+            "A run's other options may be given, in its file say; they have no effect here. Of the\n"
+            "model only its config.json is read. For TPUs: pip install 'smoa-jax[tpu]'."
+        ),
     ),
     "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),
 }
