@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"adapter", "models", "sharding", "checkpoint", "data"},
     "training": {"adapter", "models", "sharding", "checkpoint", "data", "evaluation"},
-    "commands": {"adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"},
+    "planning": {"adapter", "models", "sharding", "checkpoint", "training"},
+    "commands": {
+        *("adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"),
+        "planning",
+    },
 }
 #: The one way to refuse, which everyone speaks.
 EVERYONE_MAY_IMPORT = {"checks"}

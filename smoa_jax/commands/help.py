@@ -142,8 +142,8 @@ _PAGES = {
             r"|train\.(?!batch_size|accumulate|loss_chunk).*"
         ),
         note=(
-            "A run's other options may be given, in its file say; they have no effect here. Of the\n"
-            "model only its config.json is read. For TPUs: pip install 'smoa-jax[tpu]'."
+            "A run's other options may be given, in its file say; they have no effect here.\n"
+            "Of the model only its config.json is read. TPUs: pip install 'smoa-jax[tpu]'."
         ),
     ),
     "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),

@@ -89,15 +89,10 @@ def _with(config: RunConfig, *, rows: int = 0, remat: str = "") -> RunConfig:
 
 
 def _show(config: RunConfig, where: Slice, plans: list[Plan], beside: Around) -> None:
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plans[0].mesh.items())
     chip = where.chip
-    table = Table(title=f"{config.model.path} on {where.count} x {chip.name}, mesh {mesh}")
-    table.add_column("a chip")
-    for found in plans:
-        table.add_column(f"{found.batch_size} x {found.length}, {found.remat}", justify="right")
-    for name, cell in _ROWS.items():
-        table.add_row(name, *(cell(found) for found in plans))
-    console.print(table)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plans[0].mesh.items())
+    console.print(f"{config.model.path} on {where.count} x {chip.name}, mesh {mesh}", markup=False)
+    console.print(_beside(plans) if len(plans) > 1 else _alone(plans[0]))
     word = "an estimate" if plans[0].estimated else "by the TPU's compiler"
     console.print(
         f"temporaries and what comes over links are {word}; times are bounds from published peaks "
@@ -113,6 +108,35 @@ def _show(config: RunConfig, where: Slice, plans: list[Plan], beside: Around) ->
             soft_wrap=True,
         )
     console.print(f"a checkpoint {_size(beside.checkpoint)}, the adapter {_size(beside.adapter)}")
+
+
+def _alone(found: Plan) -> Table:
+    table = Table()
+    table.add_column("a chip")
+    table.add_column(f"{found.batch_size} x {found.length}, remat {found.remat}", justify="right")
+    for name, cell in _ROWS.items():
+        table.add_row(name, cell(found))
+    return table
+
+
+def _beside(plans: list[Plan]) -> Table:
+    """A row for each plan, of what differs between them."""
+    table = Table()
+    table.add_column("remat", no_wrap=True)
+    for column in ("rows", "temporaries", "together", "", "TFLOP", "at least", "MFU <="):
+        table.add_column(column, justify="right")
+    for found in plans:
+        table.add_row(
+            found.remat,
+            str(found.batch_size),
+            _size(found.temporaries),
+            _size(found.bytes),
+            "fits" if found.fits else "too large",
+            f"{found.flops / 1e12:.2f}",
+            f"{1e3 * found.seconds:.0f} ms",
+            f"{found.utilisation:.0%}",
+        )
+    return table
 
 
 def _size(count: float) -> str:

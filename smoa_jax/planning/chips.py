@@ -77,6 +77,7 @@ CHIPS = {
         _tpu("v5p", 95, 459, 2765, 1200, cores=2, dimensions=3),
         _tpu("v6e", 32, 918, 1638, 800, dimensions=2),
         _gpu("a100", 80, 312, 2039, 600, "a100"),
+        _gpu("a100-40gb", 40, 312, 1555, 600, "a100"),
         _gpu("h100", 80, 989, 3350, 900, "h100"),
         _gpu("h200", 141, 989, 4800, 900, "h200"),
         _gpu("l4", 24, 121, 300, 64, "l4"),
@@ -110,13 +111,15 @@ def parse_topology(text: str) -> Slice:
     Raises:
         ValueError: for a chip that isn't known or a slice that isn't offered.
     """
-    found = re.fullmatch(r"([a-z]+\d+[ep]?)(?:([x-])(\d+)|:(\d+(?:x\d+)*))?", text.strip().lower())
-    chip = CHIPS.get(found[1]) if found else None
-    if not found or chip is None:
+    known = "|".join(sorted(CHIPS, key=len, reverse=True))
+    words = text.strip().lower()
+    found = re.fullmatch(rf"({known})(?:([x-])(\d+)|:(\d+(?:x\d+)*))?", words)
+    if not found:
         refuse(
             f"--topology {text}",
             f"a chip ({', '.join(CHIPS)}) and how many, such as v5e-16, v5p-128, v6e:4x4 or h100x8",
         )
+    chip = CHIPS[found[1]]
     if chip.kind == "gpu":
         require(
             found[4] is None and found[2] != "-",

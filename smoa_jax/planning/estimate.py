@@ -31,10 +31,7 @@ def estimated_temporaries(step: AbstractStep, *, fused: bool) -> int:
         gradients *= 2
     hidden = 3 * _local_tokens(step) * step.base.config.embed_dim * _width(step)
     return (
-        _kept_for_backward(step)
-        + gradients
-        + hidden
-        + max(_layer(step, fused=fused), _loss(step))
+        _kept_for_backward(step) + gradients + hidden + max(_layer(step, fused=fused), _loss(step))
     )
 
 

@@ -104,7 +104,12 @@ class Plan:
 
 
 def plan(
-    config: RunConfig, where: Slice, devices: list[Any], base: AbstractBase, *, compiled: bool = True
+    config: RunConfig,
+    where: Slice,
+    devices: list[Any],
+    base: AbstractBase,
+    *,
+    compiled: bool = True,
 ) -> Plan:
     """Plan a run on a slice.
 
