@@ -40,7 +40,8 @@ examples:
   smoa export --model MODEL --adapter runs/mine --output runs/mine/merged
 
 smoa COMMAND --help lists its first options; with --help all, every one.
-exit status: 0 done, 2 refused, 75 saved and to be resumed, 130 aborted
+exit status: 0 done, 1 planned and too large, 2 refused, 75 saved and to be
+resumed, 130 aborted
 documentation: README.md, and configs/README.md for ready-made configurations
 """
 

@@ -47,7 +47,7 @@ def plan_run(
 
     plans = [plan_of(_with(config, remat=name)) for name in REMAT_NAMES] if every_remat else []
     if search:
-        step = build_step(config, devices, base)
+        step = build_step(_on_host(config, where), devices, base)
         unit = step.mesh.shape["data"] * step.mesh.shape["fsdp"] * config.train.accumulate
         plans += largest_batch(lambda rows: plan_of(_with(config, rows=rows)), unit)[-1:]
         if not plans:
@@ -57,7 +57,7 @@ def plan_run(
                 "lower data.max_length, raise mesh.tensor, or choose a larger slice",
             )
     plans = plans or [plan_of(config)]
-    beside = around(build_step(config, devices, base))
+    beside = around(build_step(_on_host(config, where), devices, base))
     if as_json:
         print(json.dumps(jsonable(_as_json(plans, beside))))
     else:
@@ -73,6 +73,13 @@ def _use_host_devices(where: Slice) -> None:
             jax.config.update("jax_num_cpu_devices", where.count)
     except RuntimeError:  # JAX has been used in this process: its devices are what they are
         return
+
+
+def _on_host(config: RunConfig, where: Slice) -> RunConfig:
+    """A run whose step can be built here: attention doesn't matter to what is asked of it."""
+    if where.chip.kind == "tpu":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
 
 
 def _with(config: RunConfig, *, rows: int = 0, remat: str = "") -> RunConfig:

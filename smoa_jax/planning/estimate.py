@@ -44,9 +44,21 @@ def estimated_collectives(step: AbstractStep) -> dict[str, int]:
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.base.params))
         found["all-gather"] = 2 * parts * whole // tensor * (sizes["fsdp"] - 1) // sizes["fsdp"]
     if tensor > 1:
-        summed = 4 * config.num_layers * _local_tokens(step) * config.embed_dim
-        found["all-reduce"] = parts * summed * 4
+        values = config.num_layers * _local_tokens(step) * config.embed_dim
+        found["all-reduce"] = 4 * parts * values * _sums_of_a_layer(step)
     return found
+
+
+def _sums_of_a_layer(step: AbstractStep) -> int:
+    """Sums of activations over ``tensor``: of o and down forward, of what feeds a layer back.
+
+    A product that multiplies its weight sums its own gradient; XLA joins those of plain ones.
+    """
+    forward = 4 if step.config.model.remat == "full" else 2
+    targets = find_targets(step.base.params, step.config.adapter)
+    apart = {target.path[-1] for target in targets if step.config.adapter.modulation == "weight"}
+    groups = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
+    return forward + sum(len(group & apart) + bool(group - apart) for group in groups)
 
 
 def _width(step: AbstractStep) -> int:

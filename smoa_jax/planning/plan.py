@@ -21,15 +21,14 @@ from smoa_jax.adapter.targets import find_targets
 from smoa_jax.adapter.types import is_modulation
 from smoa_jax.checkpoint.base import AbstractBase
 from smoa_jax.checkpoint.native.leaves import adapter_leaves
+from smoa_jax.checks import require
+from smoa_jax.models.fused_attention import SHORTEST_FUSED
 from smoa_jax.planning.chips import Slice
 from smoa_jax.planning.estimate import estimated_collectives, estimated_temporaries
 from smoa_jax.planning.program_text import collective_bytes
 from smoa_jax.planning.step import AbstractStep, build_step
 from smoa_jax.sharding.memory import bytes_per_device
 from smoa_jax.training.config import RunConfig
-
-#: Shortest rows for which a GPU's run takes cuDNN's attention (``models/fused_attention.py``).
-_FUSED_FROM = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +122,10 @@ def plan(
     Raises:
         ValueError: for a mesh, attention or adapter that does not fit devices, model or batch.
     """
+    fused = where.chip.kind == "gpu" and _gpu_attention(config, base)
+    if where.chip.kind == "gpu":  # it is traced for host devices, which have no kernel of a GPU
+        model = dataclasses.replace(config.model, attention="xla")
+        config = dataclasses.replace(config, model=model)
     step = build_step(config, devices, base)
     trained, optimizer = (
         bytes_per_device(step.state["trainable"]),
@@ -138,7 +141,8 @@ def plan(
         peak, moved = _compiled(step)
         seconds, temporaries = time.monotonic() - begun, peak - arguments
     else:
-        temporaries = estimated_temporaries(step, fused=_takes_fused(step))
+        fused = fused or step.model.fused is not None
+        temporaries = estimated_temporaries(step, fused=fused)
         moved = estimated_collectives(step)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base.params))
     return Plan(
@@ -181,13 +185,19 @@ def _compiled(step: AbstractStep) -> tuple[float, dict[str, int]]:
     return peak, collective_bytes(program.as_text())
 
 
-def _takes_fused(step: AbstractStep) -> bool:
-    """Whether a run on the accelerator takes a kernel that never holds attention's scores."""
-    asked, data = step.config.model.attention, step.config.data
+def _gpu_attention(config: RunConfig, base: AbstractBase) -> bool:
+    """Whether a run on GPUs takes cuDNN's attention, which never holds scores."""
+    asked, data = config.model.attention, config.data
+    require(
+        asked != "splash",
+        "model.attention=splash for a GPU",
+        "a kernel that it has",
+        "choose auto, cudnn or xla",
+    )
     if asked != "auto":
-        return asked != "xla"
-    plain = data.pack or step.base.config.attention_soft_cap or data.max_length < _FUSED_FROM
-    return not plain
+        return asked == "cudnn"
+    capped = base.config.attention_soft_cap
+    return not data.pack and not capped and data.max_length >= SHORTEST_FUSED
 
 
 # ---------------------------------------------------------------------------------------- search

@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from smoa_jax.cli import main
-from smoa_jax.planning.chips import CHIPS, parse_topology
+from smoa_jax.planning.chips import parse_topology
 from smoa_jax.planning.plan import around, largest_batch, plan
 from smoa_jax.planning.step import build_step, described_devices, read_base
 from tests.planning.small import run_of, write_model
@@ -59,6 +59,21 @@ def test_a_step_takes_no_less_than_its_slowest_bound(planned):
     assert 0 < found.utilisation <= found.needed_flops / found.flops < 1
     busy = dataclasses.replace(found, flops=found.flops * 1e6)
     assert busy.utilisation == pytest.approx(found.needed_flops / busy.flops)
+
+
+def test_attention_that_holds_no_scores_takes_less(planned):
+    config, base, _ = planned
+    where = parse_topology("h100x8")
+    sizes = {
+        name: plan(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name)),
+            where,
+            described_devices(where),
+            base,
+        ).temporaries
+        for name in ("auto", "cudnn", "xla")
+    }
+    assert sizes["cudnn"] < sizes["xla"] == sizes["auto"]  # rows of 96 tokens are short
 
 
 def test_spectra_and_checkpoints_are_counted(planned):
@@ -119,25 +134,44 @@ def test_the_command_plans_for_more_devices_than_there_are(tmp_path):
     assert found["fits"]
 
 
-def test_policies_and_the_largest_batch_stand_side_by_side(tmp_path, capsys, monkeypatch):
-    model = write_model(tmp_path, num_hidden_layers=2)
-    card = dataclasses.replace(CHIPS["l4"], memory=12 << 20)
-    monkeypatch.setitem(CHIPS, "l4", card)
-    words = ["--remat", "all", "--search", "--data.max_length", "96", "--train.batch_size", "2"]
-    assert main(["plan", "--model.path", str(model), "--topology", "l4", *words]) == 0
+def test_policies_and_the_largest_batch_stand_side_by_side(planned, tmp_path, capsys, monkeypatch):
+    *_, found = planned
+
+    def plan_of(config, where, devices, base, *, compiled):
+        assert compiled
+        rows, chip = config.train.batch_size, dataclasses.replace(where.chip, memory=10 << 20)
+        return dataclasses.replace(
+            found,
+            where=dataclasses.replace(where, chip=chip),
+            batch_size=rows,
+            remat=config.model.remat,
+            temporaries=(rows << 20) * (4 if config.model.remat == "none" else 1),
+        )
+
+    monkeypatch.setattr("smoa_jax.commands.plan.plan", plan_of)
+    words = ["--remat", "all", "--search", "--data.max_length", "96", "--train.batch_size", "4"]
+    model = str(write_model(tmp_path, num_hidden_layers=2))
+    assert main(["plan", "--model.path", model, "--topology", "h100", *words]) == 0
     shown = capsys.readouterr().out
     rows = re.findall(r"│ (\w+) +│ +(\d+) │.*│ +(fits|too large) │", shown)
-    assert [name for name, *_ in rows[:5]] == [
-        "none",
-        "dots",
-        "dots_no_batch",
-        "projections",
-        "full",
+    assert rows == [
+        ("none", "4", "too large"),
+        *((name, "4", "fits") for name in ("dots", "dots_no_batch", "projections", "full")),
+        ("projections", "9", "fits"),
     ]
-    name, largest, fits = rows[5]
-    assert (name, fits) == ("projections", "fits")
-    assert int(largest) > 2
     assert "an estimate" in shown
+
+
+def test_what_fits_nowhere_is_exit_status_one(planned, tmp_path, capsys, monkeypatch):
+    *_, found = planned
+    huge = dataclasses.replace(found, temporaries=1e15)
+    monkeypatch.setattr("smoa_jax.commands.plan.plan", lambda *_, **__: huge)
+    model = str(write_model(tmp_path, num_hidden_layers=2))
+    words = ["plan", "--model.path", model, "--topology", "h100", "--data.max_length", "96"]
+    assert main(words) == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert main([*words, "--search"]) == 2
+    assert "got no batch of 1 rows that fits h100" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -146,6 +180,7 @@ def test_policies_and_the_largest_batch_stand_side_by_side(tmp_path, capsys, mon
         (["--topology", "v9-8"], "got --topology v9-8; expected a chip"),
         (["--topology", "h100", "--remat", "some"], "got --remat some; expected all"),
         (["--topology", "h100", "--data.max_length", "4096"], "for a model of 1024 positions"),
+        (["--topology", "h100", "--model.attention", "splash"], "splash for a GPU; expected"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(words, message, tmp_path, capsys):
