@@ -21,7 +21,7 @@ COMMANDS = {
     "export": "Write a trained adapter for other tools, merged or for PEFT.",
     "import": "Make an adapter of a LoRA or HiRA that PEFT wrote.",
     "inspect": "Show what an adapter touches and what it has learned.",
-    "plan": "Tell whether a run fits a slice before it is rented, and how fast it can be.",
+    "plan": "Tell what fits a slice before it is rented, and how fast.",
     "upload": "Put an adapter or an export on the Hugging Face hub.",
 }
 
@@ -135,7 +135,6 @@ _PAGES = {
         first=(
             *("config", "topology", "search", "remat", "estimate", "json", "model.path"),
             *("model.remat", "train.batch_size", "train.accumulate", "data.max_length"),
-            *("adapter.rank", "adapter.partition", "mesh.fsdp", "mesh.tensor"),
         ),
         useless=(
             r"(evaluation|distributed|data\.hub|data\.task)\..*|model\.spectra_cache"

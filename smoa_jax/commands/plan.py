@@ -130,7 +130,7 @@ def _beside(plans: list[Plan]) -> Table:
     """A row for each plan, of what differs between them."""
     table = Table()
     table.add_column("remat", no_wrap=True)
-    for column in ("rows", "temporaries", "together", "", "TFLOP", "at least", "MFU <="):
+    for column in ("rows", "temporaries", "together", "fits", "TFLOP", "at least", "MFU <="):
         table.add_column(column, justify="right")
     for found in plans:
         table.add_row(
@@ -138,7 +138,7 @@ def _beside(plans: list[Plan]) -> Table:
             str(found.batch_size),
             _size(found.temporaries),
             _size(found.bytes),
-            "fits" if found.fits else "too large",
+            "yes" if found.fits else "no",
             f"{found.flops / 1e12:.2f}",
             f"{1e3 * found.seconds:.0f} ms",
             f"{found.utilisation:.0%}",

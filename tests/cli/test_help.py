@@ -67,6 +67,7 @@ FIRST = {
         *("model", "adapter", "compare", "target_modules", "layers", "rank", "plot"),
         *("details", "json"),
     ],
+    "plan": ["config", "topology", "search", "remat", "json", "model.path", "train.batch_size"],
     "upload": ["directory", "name", "public", "message"],
 }
 
