@@ -1,7 +1,7 @@
 """What a step keeps beside its arguments, estimated where no compiler for the hardware is to hand.
 
-What the layers keep for their backward pass is read off the traced step, so it is right for every
-remat policy and family. What exists only for a while is a sum of the largest things that must exist
+What the layers keep for their backward pass is read off the traced step, whatever the remat policy.
+The sum has been held against programs of one stack of layers (Llama), not of several (Gemma 4). What exists only for a while is a sum of the largest things that must exist
 together; a compiler may do better by reusing, or worse by fragmenting.
 """
 
@@ -29,7 +29,9 @@ def estimated_temporaries(step: AbstractStep, *, fused: bool) -> int:
     gradients = bytes_per_device(step.state["trainable"])
     if step.config.train.accumulate > 1:  # the sum of the parts, and a part's own
         gradients *= 2
-    hidden = 3 * _local_tokens(step) * step.base.config.embed_dim * _width(step)
+    config = step.base.config
+    told = 2 * config.num_layers * config.per_layer_dim  # what each layer is told of each token
+    hidden = _local_tokens(step) * (3 * config.embed_dim + told) * _width(step)
     return (
         _kept_for_backward(step) + gradients + hidden + max(_layer(step, fused=fused), _loss(step))
     )
