@@ -1,8 +1,9 @@
 """What a step keeps beside its arguments, estimated where no compiler for the hardware is to hand.
 
 What the layers keep for their backward pass is read off the traced step, whatever the remat policy.
-The sum has been held against programs of one stack of layers (Llama), not of several (Gemma 4). What exists only for a while is a sum of the largest things that must exist
-together; a compiler may do better by reusing, or worse by fragmenting.
+What exists only for a while is a sum of the largest things that must exist together; a compiler may
+do better by reusing, or worse by fragmenting. The sum has been held against programs of one stack
+of layers (Llama), not of several (Gemma 4).
 """
 
 from __future__ import annotations
