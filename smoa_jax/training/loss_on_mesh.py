@@ -7,7 +7,8 @@ sending and receiving no more than its own share. Then, for a chunk of positions
 - the hidden states of the devices that share a head are gathered;
 - each device makes the logits of its own part of the vocabulary;
 - their log-sum-exp and the target's logit are combined by a maximum and two sums of ``[B, C]``;
-- each device's part of the hidden states' gradient is summed in float32 and divided again.
+- each device's part of the hidden states' gradient is summed and divided again, in float32 as it is
+  written (of bf16 hidden states the TPU's compiler sums the bf16 parts).
 
 So hidden states move, in and out, and the head doesn't. With D for the model dim, a device receives
 ``2 D`` bytes for a token of its group in bf16 and about ``4 D`` for its gradient, where a whole
