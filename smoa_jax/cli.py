@@ -8,6 +8,7 @@
     smoa inspect   --model PATH [--adapter DIR [--compare DIR]] [--plot FILE.png]
     smoa experiment --config GRID [--section.key VALUE ...]
     smoa report    LEDGER [LEDGER ...] [--output DIR]
+    smoa plan      --config FILE --topology v5e-16 [--search] [--remat all]
     smoa upload    --directory DIR --name ORGANISATION/NAME
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
@@ -359,6 +360,42 @@ def _report(arguments: list[str]) -> int:
     return report(parsed.ledgers, parsed.output)
 
 
+def _plan_parser() -> ArgumentParser:
+    parser = _run_parser("plan")
+    parser.set_defaults({"train.output_dir": "unused"})
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="SLICE",
+        help="What to plan for: v5e-16, v5p-128, v6e-64, v5e:4x4, h100x8, a100x8 and the like",
+    )
+    parser.add_argument("--search", action="store_true", help="Find the largest batch that fits")
+    parser.add_argument(
+        "--remat", default="", metavar="all", help="all: every policy of model.remat, side by side"
+    )
+    parser.add_argument(
+        "--estimate", action="store_true", help="Of a TPU too: estimate in place of compiling"
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object, nothing else")
+    return parser
+
+
+def _plan(arguments: list[str]) -> int:
+    from smoa_jax.commands.plan import plan_run
+
+    parser = _plan_parser()
+    parsed = _parse(parser, arguments)
+    require(parsed.remat in ("", "all"), f"--remat {parsed.remat}", "all, or --model.remat NAME")
+    return plan_run(
+        _run_config(parser, parsed),
+        parsed.topology,
+        search=parsed.search,
+        every_remat=parsed.remat == "all",
+        estimate=parsed.estimate,
+        as_json=parsed.json,
+    )
+
+
 def _generate_parser() -> ArgumentParser:
     from smoa_jax.commands.generate import generate
 
@@ -465,6 +502,7 @@ _TABLE: dict[str, tuple[Callable[[], ArgumentParser], Callable[[list[str]], int]
     "generate": (_generate_parser, _generate),
     "experiment": (_experiment_parser, _experiment),
     "report": (_report_parser, _report),
+    "plan": (_plan_parser, _plan),
     **{name: (partial(_call_parser, name), partial(_call, name)) for name in _FUNCTIONS},
 }
 

@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "experiments": {
         *("adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"),
     },
+    "planning": {"adapter", "models", "sharding", "checkpoint", "training"},
     "commands": {
         *("adapter", "models", "sharding", "checkpoint", "data", "evaluation", "training"),
-        "experiments",
+        *("experiments", "planning"),
     },
 }
 #: The one way to refuse, which everyone speaks.

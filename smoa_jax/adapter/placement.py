@@ -106,6 +106,23 @@ class MatmulSharding:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadSharding:
+    """Where a language model's head lies on a mesh, so that the loss is taken without gathering it.
+
+    Args:
+        mesh: The device mesh.
+        batch: Mesh axes over which rows of hidden states are divided.
+        inputs: Mesh axes over which the head's inputs, the model dim, are.
+        outputs: Mesh axes over which its outputs, the vocabulary, are.
+    """
+
+    mesh: jax.sharding.Mesh
+    batch: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ProductShardings:
     """Where the operands of a model's products lie, by the name of the module; hashable.
 

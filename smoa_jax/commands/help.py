@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "Show what an adapter touches and what it has learned.",
     "experiment": "Run methods, rates and seeds of a grid into a ledger.",
     "report": "Show what ledgers say, as Markdown and HTML.",
+    "plan": "Tell what fits a slice before it is rented, and how fast.",
     "upload": "Put an adapter or an export on the Hugging Face hub.",
 }
 
@@ -41,7 +42,8 @@ examples:
   smoa export --model MODEL --adapter runs/mine --output runs/mine/merged
 
 smoa COMMAND --help lists its first options; with --help all, every one.
-exit status: 0 done, 2 refused, 75 saved and to be resumed, 130 aborted
+exit status: 0 done, 1 planned and too large, 2 refused, 75 saved and to be
+resumed, 130 aborted
 documentation: README.md, and configs/README.md for ready-made configurations
 """
 
@@ -140,6 +142,25 @@ _PAGES = {
         note="In a file, --grid.seeds is the key seeds in the section grid, and so on.",
     ),
     "report": _Page(usage=("smoa report LEDGER [LEDGER ...] [--output DIR]",)),
+    "plan": _Page(
+        usage=(
+            "smoa plan --config FILE --topology SLICE [OPTION ...]",
+            "smoa plan --model.path MODEL --topology SLICE [--search] [--remat all]",
+        ),
+        first=(
+            *("config", "topology", "search", "remat", "estimate", "json", "model.path"),
+            *("model.remat", "train.batch_size", "train.accumulate", "data.max_length"),
+        ),
+        useless=(
+            r"(evaluation|distributed|data\.hub|data\.task)\..*|model\.spectra_cache"
+            r"|optimizer\.(?!clip_norm).*|data\.(?!max_length|pack).*"
+            r"|train\.(?!batch_size|accumulate|loss_chunk).*"
+        ),
+        note=(
+            "A run's other options may be given, in its file say; they have no effect here.\n"
+            "Of the model only its config.json is read. TPUs: pip install 'smoa-jax[tpu]'."
+        ),
+    ),
     "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),
 }
 

@@ -126,8 +126,8 @@ def blocks_of(experiment: Experiment, name: str) -> Iterator[Block]:
         yield Heading(f"Differences, {_equal(group, short=True)}", 3)
         yield Paragraph(
             "Row less column, in points of the score, on the same questions: mean and 95 % "
-            f"interval by a paired bootstrap over seeds and questions ({RESAMPLES} resamples). Of a "
-            "single seed it is over questions alone, and says nothing of other seeds."
+            f"interval by a paired bootstrap over seeds and questions ({RESAMPLES} resamples). "
+            "Of a single seed it is over questions alone, and says nothing of other seeds."
         )
         yield Table(_differences(group.methods))
     grouped = {method.name for group in groups for method in group.methods}

@@ -43,7 +43,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from smoa_jax.adapter.placement import ProductShardings
+from smoa_jax.adapter.placement import HeadSharding, ProductShardings
 from smoa_jax.checks import require
 from smoa_jax.models.attention import (
     AttentionContext,
@@ -225,6 +225,7 @@ class Decoder(nn.Module):
             own. Generation with a cache never uses it.
         products: where the operands of adapted products lie on a mesh, so that they move no more
             than plain ones; without it the compiler chooses.
+        head: where the head lies on a mesh, so that a loss needn't gather it; None on one device.
     """
 
     config: DecoderConfig
@@ -233,6 +234,7 @@ class Decoder(nn.Module):
     constrain: Constrain = no_constraint
     fused: FusedAttention | None = None
     products: ProductShardings = ProductShardings()
+    head: HeadSharding | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -375,6 +377,11 @@ class Decoder(nn.Module):
         head = self.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head
         logits = soft_cap(head(hidden), self.config.final_soft_cap)
         return self.constrain(logits, ("batch", "time", "vocab"))
+
+    def with_vocabulary(self, size: int) -> Decoder:
+        """The model that unembeds to a part of the vocabulary, on one device."""
+        config = dataclasses.replace(self.config, vocab_size=size)
+        return self.clone(config=config, constrain=no_constraint, head=None)
 
     def _surroundings(
         self,

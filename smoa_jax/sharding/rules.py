@@ -15,7 +15,12 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from smoa_jax.adapter.placement import MatmulSharding, ProductShardings, modulation_shardings
+from smoa_jax.adapter.placement import (
+    HeadSharding,
+    MatmulSharding,
+    ProductShardings,
+    modulation_shardings,
+)
 from smoa_jax.adapter.targets import KERNEL_KEY, lookup, walk
 from smoa_jax.adapter.tree import kernel_key
 from smoa_jax.adapter.types import Params, is_modulation
@@ -129,6 +134,30 @@ def product_shardings(params: Params, mesh: Mesh, rules: Rules = DECODER_RULES) 
             found.setdefault(path[-2], set()).add(where)
     agreed = {name: next(iter(ways)) for name, ways in found.items() if len(ways) == 1}
     return ProductShardings(tuple(sorted(agreed.items(), key=lambda item: item[0])))
+
+
+def head_sharding(params: Params, mesh: Mesh, rules: Rules = DECODER_RULES) -> HeadSharding | None:
+    """Where the head lies, from the rule of its kernel, or of the embedding that it is tied to.
+
+    None on one device.
+
+    Args:
+        params: Adapted or not, abstract or not.
+        mesh: The device mesh.
+        rules: As ``param_shardings`` takes them.
+    """
+    if mesh.size == 1:
+        return None
+    path = ("lm_head", KERNEL_KEY) if "lm_head" in params else ("embed_tokens", "embedding")
+    of_head = {path[0]: {path[1]: lookup(params, path)}}
+    spec = lookup(param_shardings(of_head, mesh, rules), path).spec
+    inputs, outputs = spec if path[1] == KERNEL_KEY else spec[::-1]
+    return HeadSharding(
+        mesh,
+        batch=_divided(BATCH_AXES, mesh),
+        inputs=_divided(inputs, mesh),
+        outputs=_divided(outputs, mesh),
+    )
 
 
 def _divided(axes: str | tuple[str, ...] | None, mesh: Mesh) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from smoa_jax.sharding.rules import (
     Rules,
     activation_constraint,
     check_heads,
+    head_sharding,
     param_shardings,
     product_shardings,
 )
@@ -110,6 +111,7 @@ def make_decoder(config: RunConfig, base: AbstractBase, mesh: Mesh) -> Decoder:
         remat=config.model.remat,
         constrain=activation_constraint(mesh),
         products=product_shardings(base.params, mesh, config.model.sharding_rules),
+        head=head_sharding(base.params, mesh, config.model.sharding_rules),
         fused=choose_attention(
             config.model.attention,
             base.config,

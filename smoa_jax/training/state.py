@@ -19,6 +19,7 @@ from smoa_jax.adapter.planning.spectra import Progress, Spectra, plan_spectra
 from smoa_jax.adapter.tree import apply_smoa, combine, partition
 from smoa_jax.adapter.types import Params, is_modulation, tensor_fields
 from smoa_jax.checkpoint.native.leaves import abstract_adapter, adapter_leaves, restore_adapter
+from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.symmetry import shared_axes
 from smoa_jax.sharding.mesh import put_batch, replicated
 from smoa_jax.sharding.processes import fetch
@@ -119,21 +120,8 @@ def resume_state(
     Raises:
         CheckpointError: if there is none, or it belongs to another adapter or base.
     """
-    expected = abstract_adapter(loaded.base.params, config.adapter)
-    shardings = param_shardings(expected, loaded.mesh, config.model.sharding_rules)
-    expected = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        expected,
-        shardings,
-    )
-    trainable, frozen = partition(expected)
     optimizer = make_optimizer(config, steps)
-    placed = state_shardings(trainable, optimizer, loaded.mesh)
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(lambda tree: initial_state(tree, optimizer), trainable),
-        placed,
-    )
+    abstract, frozen = abstract_state(config, loaded.base.params, loaded.mesh, optimizer)
     restored = checkpoints.restore(None, {"run": abstract, "adapter": adapter_leaves(frozen)})
     state = restored.state["run"]
     params = restore_adapter(
@@ -148,6 +136,26 @@ def resume_state(
     placed = state_shardings(trainable, optimizer, loaded.mesh)
     state = labels.restored(state, trainable, placed)
     return state, _programs(config, loaded, optimizer, placed, frozen, labels), restored
+
+
+def abstract_state(
+    config: RunConfig, base_params: Params, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> tuple[State, Params]:
+    """A run's state and frozen params without their values, each leaf with its place on a mesh."""
+    params = abstract_adapter(base_params, config.adapter)
+    trainable, frozen = partition(
+        _placed(params, param_shardings(params, mesh, config.model.sharding_rules))
+    )
+    state = jax.eval_shape(lambda tree: initial_state(tree, optimizer), trainable)
+    return _placed(state, state_shardings(trainable, optimizer, mesh)), frozen
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
 
 
 def whole_adapter(params: Params) -> Params:
@@ -180,8 +188,26 @@ def _programs(
     labels: Labels,
 ) -> Programs:
     """The two steps, jitted; the state goes in and comes out in the same shardings."""
+    eval_step = make_eval_step(loaded.model, chunk=config.train.loss_chunk)
+    return Programs(
+        mesh=loaded.mesh,
+        frozen=frozen,
+        labels=labels,
+        train_step=jitted_train_step(config, loaded.model, loaded.mesh, optimizer, shardings),
+        eval_step=jax.jit(eval_step, out_shardings=replicated(loaded.mesh)),
+    )
+
+
+def jitted_train_step(
+    config: RunConfig,
+    model: Decoder,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    shardings: dict[str, Any],
+) -> Any:
+    """The step that a run compiles, and that planning compiles in its stead."""
     train_step = make_train_step(
-        loaded.model,
+        model,
         optimizer,
         seed=config.train.seed,
         accumulate=config.train.accumulate,
@@ -197,6 +223,7 @@ def _programs(
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
         eval_step=jax.jit(eval_step, out_shardings=whole),
     )
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
 def state_shardings(

@@ -16,7 +16,8 @@ import optax
 from smoa_jax.adapter.tree import combine
 from smoa_jax.adapter.types import Params
 from smoa_jax.models.decoder import Decoder
-from smoa_jax.training.loss import summed_cross_entropy
+from smoa_jax.training.loss import LogitsFunction, summed_cross_entropy
+from smoa_jax.training.loss_on_mesh import DividedHead, summed_cross_entropy_on_mesh
 
 #: ``trainable`` (a tree with None at frozen leaves), ``opt_state``, ``step``, ``skipped``.
 State: TypeAlias = dict[str, Any]
@@ -53,25 +54,43 @@ def batch_loss(
         method="hidden",
     )
 
+    return hidden_loss(model, trainable, frozen, hidden, batch, chunk, dropout_key)
+
+
+def hidden_loss(
+    model: Decoder,
+    trainable: Params,
+    frozen: Params,
+    hidden: jax.Array,
+    batch: Batch,
+    chunk: int,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """``batch_loss`` of the final hidden states, whether the head lies on one device or on many."""
+    rows = hidden, batch["targets"], batch["loss_mask"]
+    parts = _head(trainable, model), _head(frozen, model)
+    if model.head is not None:
+        head = DividedHead(
+            model.head,
+            model.config.vocab_size,
+            lambda size: _logits_function(model.with_vocabulary(size)),
+        )
+        return summed_cross_entropy_on_mesh(head, *parts, *rows, chunk, dropout_key)
+    return summed_cross_entropy(_logits_function(model), *parts, *rows, chunk, dropout_key)
+
+
+def _logits_function(model: Decoder) -> LogitsFunction:
     def logits(head: Params, rest: Params, hidden: jax.Array, key: jax.Array | None) -> Any:
         rngs = None if key is None else {"dropout": key}
         return model.apply({"params": combine(head, rest)}, hidden, method="unembed", rngs=rngs)
 
-    return summed_cross_entropy(
-        logits,
-        _head(trainable),
-        _head(frozen),
-        hidden,
-        batch["targets"],
-        batch["loss_mask"],
-        chunk,
-        dropout_key,
-    )
+    return logits
 
 
-def _head(params: Params) -> Params:
+def _head(params: Params, model: Decoder) -> Params:
     """What ``unembed`` reads, so that no other gradient is carried from chunk to chunk."""
-    return {key: params[key] for key in ("embed_tokens", "lm_head") if key in params}
+    name = "embed_tokens" if model.config.tie_embeddings else "lm_head"
+    return {name: params[name]}
 
 
 def make_train_step(

@@ -69,6 +69,7 @@ FIRST = {
         *("details", "json"),
     ],
     "experiment": ["config", "model.path", "grid.learning_rates", "grid.seeds", "probe.pairs"],
+    "plan": ["config", "topology", "search", "remat", "json", "model.path", "train.batch_size"],
     "upload": ["directory", "name", "public", "message"],
 }
 

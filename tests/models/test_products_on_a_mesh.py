@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.step_on_a_pod import collective_arrays
 from smoa_jax import SmoaConfig, apply_smoa, combine, partition
 from smoa_jax.adapter.placement import MatmulSharding, ProductShardings
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.decoder import Decoder, init_params
+from smoa_jax.planning.program_text import collectives
 from smoa_jax.sharding.mesh import MeshConfig, make_mesh
 from smoa_jax.sharding.rules import activation_constraint, param_shardings, product_shardings
 
@@ -88,9 +88,9 @@ def compiled(base, config, axes, dtype=jnp.float32):
 def moved(program: str) -> dict[str, collections.Counter]:
     """By kind of collective, how many arrays of how many values come out of it."""
     found: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for kind, dtype, count in collective_arrays(program):
-        if dtype in ("f32", "bf16"):
-            found[kind][count] += 1
+    for each in collectives(program):
+        if each.dtype in ("f32", "bf16"):
+            found[each.kind][each.values] += 1
     return found
 
 
