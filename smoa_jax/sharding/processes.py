@@ -87,6 +87,13 @@ def together() -> Iterator[None]:
     raise_together(error)
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether any process says so; all of them ask together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
 def fetch(tree: Any) -> Any:
     """Every array of a tree whole on this host, wherever its parts lie; all processes call it."""
 

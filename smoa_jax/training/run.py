@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -17,6 +18,7 @@ import jax
 from smoa_jax.adapter.tree import count_trainable, strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import abstract_base
+from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checks import require
 from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.pipeline import unchecked
@@ -142,7 +144,7 @@ def run(
         stack.callback(begun.checkpoints.close)
         writer = MetricsWriter(
             directory.path,
-            lambda: open_trackers(config.train, directory.path, plain(prepared.config)),
+            lambda path: open_trackers(config.train, path, plain(prepared.config)),
         )
         stack.callback(writer.close)
         return _Run(prepared, begun, writer, on_step).run(started)
@@ -216,6 +218,7 @@ def begin(prepared: Prepared, *, resume: bool, overwrite: bool) -> Begun:
             )
             if note := unchecked(restored.data_position):
                 report.say(note)
+            _tell(checkpoints, report)
             report.say(f"resuming after step {restored.step} of {prepared.steps}")
             for change in directory.changed_settings(config):
                 report.say(f"resuming with another setting, {change}")
@@ -247,6 +250,12 @@ def _open_checkpoints(prepared: Prepared) -> TrainingCheckpoints:
             base_fingerprint=prepared.loaded.base.fingerprint,
         ),
     )
+
+
+def _tell(checkpoints: TrainingCheckpoints, report: ProgressReport) -> None:
+    """Say what became of checkpoints that could not be read or written; the run goes on."""
+    while checkpoints.notes:
+        report.say(checkpoints.notes.pop(0))
 
 
 class _Run:
@@ -292,10 +301,11 @@ class _Run:
                     writer=self._writer,
                     report=report,
                     evaluate=self._evaluate,
-                    save=self._save,
+                    save=functools.partial(self._save, report),
                     stopping=stopping,
                     losses=self._earlier_losses(start),
                     also=self._on_step,
+                    busy=lambda: self._begun.checkpoints.busy,
                 )
                 if not between.finished:
                     state = train(
@@ -306,7 +316,7 @@ class _Run:
                         steps=steps,
                         on_step=between,
                     )
-                self._begun.checkpoints.wait()
+                self._wait_for_saves(between.finished, report)
                 if dropped := describe_dropped(self._data):
                     report.say(dropped)
                 if not between.finished:
@@ -387,11 +397,29 @@ class _Run:
         self._writer.write(event, step, jsonable({"eval_loss": loss}))
         return loss
 
-    def _save(self, step: int, state: State, position: dict[str, Any], eval_loss: float) -> None:
+    def _wait_for_saves(self, finished: bool, report: ProgressReport) -> None:
+        """Of a run that is finished the adapter is still to be had, if not its last checkpoint."""
+        try:
+            self._begun.checkpoints.wait()
+        except CheckpointError:
+            if not finished:
+                raise
+        _tell(self._begun.checkpoints, report)
+
+    def _save(
+        self,
+        report: ProgressReport,
+        step: int,
+        state: State,
+        position: dict[str, Any],
+        eval_loss: float,
+    ) -> None:
         metrics = {"eval_loss": eval_loss} if math.isfinite(eval_loss) else None
+        self._prepared.directory.check_lock()
         saved = saved_state(state, self._programs.frozen)
-        self._begun.checkpoints.save(step, saved, position, metrics)
-        self._writer.write("save", step, {})
+        if self._begun.checkpoints.save(step, saved, position, metrics):
+            self._writer.write("save", step, {})
+        _tell(self._begun.checkpoints, report)
 
     def _accuracy(self, params: Params, which: str, step: int) -> float:
         """Share of held-out questions answered right; NaN if none is asked."""
