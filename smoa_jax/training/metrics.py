@@ -15,7 +15,7 @@ from typing import Any, TextIO, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from smoa_jax.sharding.processes import is_first
+from smoa_jax.sharding.processes import is_first, progressed
 from smoa_jax.training.growing import GrowingFiles
 from smoa_jax.training.trackers import TRACKER_FILES, Tracker
 
@@ -115,6 +115,7 @@ class ProgressReport(contextlib.AbstractContextManager):
 
     def update(self, completed: int, note: str) -> None:
         """Show progress; off a terminal at most one line every ten seconds, and the last."""
+        progressed()
         self._bar.update(self._task, completed=completed, note=note)
         now = time.monotonic()
         if not self._live and (now - self._last_line >= 10 or completed == self._total):

@@ -25,7 +25,7 @@ from smoa_jax.data.pipeline import unchecked
 from smoa_jax.data.preview import preview
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.memory import exhaustion_explained
-from smoa_jax.sharding.processes import batch_share, initialize, together
+from smoa_jax.sharding.processes import batch_share, end_if_another_is_lost, initialize, together
 from smoa_jax.training.checkpoints import Identity, TrainingCheckpoints
 from smoa_jax.training.checks import (
     advice_on_length,
@@ -147,6 +147,7 @@ def run(
             lambda path: open_trackers(config.train, path, plain(prepared.config)),
         )
         stack.callback(writer.close)
+        stack.push(end_if_another_is_lost)
         return _Run(prepared, begun, writer, on_step).run(started)
 
 
