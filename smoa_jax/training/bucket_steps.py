@@ -11,6 +11,7 @@ its base, and is brought together over the network that the gradients take.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from smoa_jax.sharding.processes import fetch, is_first
-from smoa_jax.storage import explained, filesystem, remove_tree, upload
+from smoa_jax.storage import StorageError, explained, filesystem, remove_tree, upload
 from smoa_jax.training.checkpoint_steps import (
     STATE,
     DamagedCheckpoint,
@@ -57,10 +58,12 @@ class BucketSteps:
         self._here = epath.Path(self._folder.name)
         self._whole = self._listed()
         for step in self._whole:
-            self._get(step, with_state=False)
+            with contextlib.suppress(DamagedCheckpoint):  # whoever reads it is told
+                self._get(step, with_state=False)
         self._writer: LocalSteps | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._saving: Future[None] | None = None
+        self._last: int | None = None
         if is_first() and not read_only:
             self._writer = LocalSteps(self._here, keep_last=keep_last, best=best, alone=True)
             self._pool = ThreadPoolExecutor(1, "checkpoints")
@@ -80,6 +83,7 @@ class BucketSteps:
     def save(self, step: int, stored: dict[str, Any], record: dict[str, Any]) -> None:
         host = {name: np.array(value) for name, value in fetch(stored).items()}
         self._whole.append(step)
+        self._last = step
         if self._pool is not None:
             self._saving = self._pool.submit(self._write, step, host, record)
 
@@ -91,7 +95,10 @@ class BucketSteps:
     def recover(self) -> None:
         if self._writer is not None:
             self._writer.recover()
-        self._whole = self._listed()
+        try:
+            self._whole = self._listed()
+        except StorageError:  # it can't be reached still: what was whole before the save is
+            self._whole = [step for step in self._whole if step != self._last]
         if self._writer is not None:
             for step in set(self._writer.all()) - set(self._whole):
                 shutil.rmtree(self._here / str(step), ignore_errors=True)
@@ -106,7 +113,7 @@ class BucketSteps:
         return read_arrays(self._here / str(step), targets)
 
     def set_aside(self, steps: Sequence[int]) -> None:
-        """Without its marker a step counts no more; the rest stays until it is saved again."""
+        """Without its marker a step counts no more; the rest goes when the next one is whole."""
         if is_first():
             with explained(self._remote):
                 for step in steps:

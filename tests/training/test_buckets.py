@@ -59,24 +59,30 @@ def test_checkpoints_come_back_bit_for_bit_and_the_last_and_best_are_kept(bucket
 
 def test_a_step_counts_when_it_is_whole_and_only_then(s3):  # noqa: F811
     directory = located(f"{s3}/checkpoints")
-    with TrainingCheckpoints(str(directory), identity=IDENTITY) as checkpoints:
-        for step in (1, 2, 3):
+    with TrainingCheckpoints(str(directory), identity=IDENTITY, keep_last=4) as checkpoints:
+        for step in (0, 1, 2, 3):
             checkpoints.save(step, state_of(step), {"row": step}, wait=True)
     (directory / "3" / "complete.json").unlink()  # as if killed before the end of the upload
     with TrainingCheckpoints(str(directory), identity=IDENTITY, read_only=True) as reader:
-        assert reader.all_steps() == [1, 2]
+        assert reader.all_steps() == [0, 1, 2]
+    record = located(f"{s3}/checkpoints/1/record/metadata")
+    record.write_bytes(record.read_bytes()[:-4])
+    with TrainingCheckpoints(str(directory), identity=IDENTITY, read_only=True) as reader:
+        check_restored(reader, 2)
+        with pytest.raises(CheckpointError, match=r"checkpoints/1: can't be read .*bytes instead"):
+            reader.restore(1, abstract())
     content = next(name for name in names(s3) if name.startswith("checkpoints/2/state/ocdbt.p"))
     path = located(f"{s3}/{content}")
     path.write_bytes(path.read_bytes()[:-5])
     with TrainingCheckpoints(str(directory), identity=IDENTITY) as checkpoints:
         assert not any(name.startswith("checkpoints/3/") for name in names(s3))
-        check_restored(checkpoints, 1)
+        check_restored(checkpoints, 0)
         (note,) = checkpoints.notes
-        assert "passed over step 2 for step 1" in note
+        assert "passed over step 2, 1 for step 0" in note
         assert "bytes instead of" in note
         checkpoints.save(2, state_of(2), {"row": 2}, wait=True)
     with TrainingCheckpoints(str(directory), identity=IDENTITY) as checkpoints:
-        assert checkpoints.all_steps() == [1, 2]
+        assert checkpoints.all_steps() == [0, 2]
         check_restored(checkpoints, 2)
 
 
@@ -90,6 +96,9 @@ def test_an_upload_that_fails_costs_one_checkpoint(s3, monkeypatch):  # noqa: F8
         checkpoints.save(1, state_of(1), {"row": 1}, wait=True)
         with monkeypatch.context() as patch:
             patch.setattr(files, "put_file", fail)
+            patch.setattr(files, "find", fail)
+            patch.setattr(files, "ls", fail)
+            patch.setattr(files, "listdir", fail)
             checkpoints.save(2, state_of(2), {"row": 2})
             with pytest.raises(CheckpointError, match=r"2 \(.*network is gone.*step 1 stands"):
                 checkpoints.wait()
