@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
@@ -27,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.sharding.processes import together
-from smoa_jax.storage import reason
+from smoa_jax.storage import check_writable, reason
 from smoa_jax.training.checkpoint_leaves import key_data_target
 
 STATE, RECORD = "state", "record"
@@ -145,6 +146,9 @@ class LocalSteps:
         return self._manager.is_saving_in_progress()
 
     def save(self, step: int, stored: dict[str, Any], record: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            # Orbax's threads would wait for minutes for a directory that can't be made.
+            check_writable(Path(self._directory))
         self._manager.save(
             step,
             args=ocp.args.Composite(

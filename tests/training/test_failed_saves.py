@@ -117,17 +117,13 @@ def test_an_output_directory_that_cannot_be_written_is_one_line(
 
 
 def test_a_directory_that_turns_read_only_costs_one_checkpoint(tmp_path, monkeypatch):
-    original = os.mkdir
-
-    def read_only(path, *arguments, **options):
-        if str(path).startswith(str(tmp_path)):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-        return original(path, *arguments, **options)
+    def read_only(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), options["dir"])
 
     with TrainingCheckpoints(tmp_path, identity=IDENTITY) as checkpoints:
         checkpoints.save(1, state_of(1), {}, wait=True)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "mkdir", read_only)
+            patch.setattr(tempfile, "NamedTemporaryFile", read_only)
             checkpoints.save(2, state_of(2), {})
             with pytest.raises(CheckpointError, match=r"step 3 .*Read-only.*that of step 1 stands"):
                 checkpoints.save(3, state_of(3), {}, wait=True)
