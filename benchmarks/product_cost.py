@@ -8,7 +8,7 @@ over rounds, the spread is half the distance of the quartiles. FLOPs, bytes and 
 compiler's: of the device at hand (on a GPU products are library calls, whose FLOPs it doesn't
 count) or, with ``--topology v5e:2x2``, of a TPU that isn't there, and nothing is timed. ``frozen``
 is ``x W`` and ``dx``; a floor is given where method.md's cost model has one. ``gathered`` is no
-part of the library: blocks in any order by gathers of x, W and y, to see what they cost on a device.
+part of the library: blocks in any order by gathers of x, W and y, to see what they cost.
 """
 
 from __future__ import annotations

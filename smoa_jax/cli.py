@@ -12,7 +12,8 @@
     smoa upload    --directory DIR --name ORGANISATION/NAME
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
-run that was asked to stop and has saved exits with 75, an aborted one with 130. Until a command is
+run that was asked to stop and has saved exits with 75, one that another process has left alone with
+76, an aborted one with 130. Until a command is
 known, nothing heavy is imported.
 """
 
@@ -94,6 +95,11 @@ def _run(command: str, arguments: list[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         remedy = getattr(error, "remedy", "")
         return _fail(f"{error}; {remedy}" if remedy else str(error))
+    except RuntimeError as error:
+        from smoa_jax.sharding.processes import end_if_another_is_lost
+
+        end_if_another_is_lost(None, error, None)
+        raise
     except KeyboardInterrupt:
         stands = "; --resume goes on from the last checkpoint, or from the start if there is none"
         return _fail("interrupted" + (stands if command == "train" else ""), 130)

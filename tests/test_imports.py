@@ -32,9 +32,9 @@ MAY_IMPORT = {
         *("experiments", "planning"),
     },
 }
-#: The one way to refuse, which everyone speaks.
-EVERYONE_MAY_IMPORT = {"checks"}
-MAY_IMPORT["checks"] = set()
+#: The one way to refuse, and where names point, here or in a bucket.
+EVERYONE_MAY_IMPORT = {"checks", "storage"}
+MAY_IMPORT["checks"] = MAY_IMPORT["storage"] = set()
 MAY_IMPORT["cli"] = MAY_IMPORT["commands"] | {"commands", ""}  # for __version__
 #: What the core may import besides the standard library.
 CORE_LIBRARIES = {

@@ -31,6 +31,7 @@ from smoa_jax.checkpoint.huggingface.safetensors_files import SafetensorsFiles, 
 from smoa_jax.checkpoint.names import TensorSlot, tensor_slots
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import abstract_params
+from smoa_jax.storage import local_copy
 
 if TYPE_CHECKING:
     from smoa_jax.checkpoint.gguf.files import GgufFile
@@ -152,7 +153,7 @@ def _describe(found: Path, dtype: DTypeLike) -> tuple[AbstractBase, GgufFile | N
 
 def _locate(path: str | Path, *, weights: bool) -> Path:
     """A directory with a config.json, or a GGUF file."""
-    found = Path(path).expanduser()
+    found = local_copy(path)
     put_back(found)
     if found.is_dir():
         if (found / CONFIG_FILE).is_file():

@@ -1,4 +1,8 @@
-"""Output directories that hold everything or nothing, whenever the process is killed."""
+"""Output directories that hold everything or nothing, whenever the process is killed.
+
+In a bucket nothing can be renamed: there a directory is filled file by file, and is one of its kind
+from the moment on that its marker, which goes up last, is there.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,21 @@ import ctypes
 import glob
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from smoa_jax.checkpoint.errors import require
+from smoa_jax.storage import (
+    check_writable,
+    explained,
+    filesystem,
+    is_remote,
+    located,
+    upload,
+)
 
 #: Of Linux's renameat2: paths as they are, and both at once.
 _HERE, _RENAME_EXCHANGE = -100, 2
@@ -39,10 +52,13 @@ def check_target(
     Raises:
         CheckpointError: if the directory is occupied.
     """
-    target = target.expanduser().absolute()
+    target = _absolute(target)
     put_back(target)
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    with explained(target):
+        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if not occupied:
+        if is_remote(target):  # what can't be written there shall not show after hours
+            check_writable(target)
         return False
     check_apart(target, inputs)
     require(
@@ -69,6 +85,8 @@ def put_back(target: Path) -> None:
     lies beside it, whole, under a hidden name. Readers and writers call this before they look;
     where nothing was cut short, or it can't be told what stood there, it does nothing.
     """
+    if is_remote(target):
+        return
     target = target.expanduser().absolute()
     if target.exists():
         return
@@ -76,6 +94,11 @@ def put_back(target: Path) -> None:
     if len(aside) == 1:
         with contextlib.suppress(OSError):  # another process was faster, or may do it alone
             aside[0].rename(target)
+
+
+def _absolute(target: str | Path) -> Path:
+    path = located(target)
+    return path if is_remote(path) else path.absolute()
 
 
 def _set_aside(target: Path) -> list[Path]:
@@ -98,8 +121,13 @@ def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
         CheckpointError: naming both.
     """
     for source in inputs:
+        if is_remote(source) or is_remote(target):
+            apart = not f"{source}/".startswith(f"{str(target).rstrip('/')}/")
+        else:
+            read, written = Path(source).expanduser(), target.expanduser()
+            apart = not read.resolve().is_relative_to(written.resolve())
         require(
-            not Path(source).expanduser().resolve().is_relative_to(target.expanduser().resolve()),
+            apart,
             f"{target} as the directory to write, and to read {source}, which it would replace",
             "them apart: choose another directory",
         )
@@ -118,7 +146,8 @@ def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool)
     """A draft directory beside ``target`` that takes its place if all goes well.
 
     Killed at any moment, the old directory or the new one can be had: at ``target``, or, between
-    the two renames of a replacement, by ``put_back``.
+    the two renames of a replacement, by ``put_back``. For a bucket the draft is made on this
+    machine and goes up at the end; while one there is replaced, it has no marker.
 
     Args:
         target: Made, with its parents; refused if it holds anything, unless ``overwrite``.
@@ -129,8 +158,13 @@ def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool)
     Raises:
         CheckpointError: if the directory is occupied.
     """
-    target = target.expanduser().absolute()
+    target = _absolute(target)
     occupied = check_target(target, marker=marker, what=what, overwrite=overwrite)
+    if is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="smoa-upload-") as folder:
+            yield Path(folder)
+            _replace_in_bucket(Path(folder), target, marker)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     draft = target.with_name(f".{target.name}.draft-{mark}")
@@ -153,3 +187,15 @@ def replaced_directory(target: Path, *, marker: str, what: str, overwrite: bool)
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_in_bucket(draft: Path, target: Path, marker: str) -> None:
+    """Put ``draft`` in the place of what ``target`` holds, marker last."""
+    with explained(target):
+        (target / marker).unlink(missing_ok=True)
+        files = filesystem(target)
+        root = files._strip_protocol(str(target))
+        for name in files.find(root):
+            if not (draft / name[len(root) :].lstrip("/")).is_file():
+                files.rm_file(name)
+        upload(draft, target, last=marker)

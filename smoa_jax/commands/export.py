@@ -30,6 +30,7 @@ from smoa_jax.checkpoint.peft.export import export_peft
 from smoa_jax.checkpoint.peft.names import module_naming
 from smoa_jax.commands.tables import console
 from smoa_jax.data.tokenizer import SpecialIds, load_tokenizer, special_ids
+from smoa_jax.storage import is_remote, located
 from smoa_jax.training.model import spectra_cache
 from smoa_jax.training.saved_adapter import adapter_directory
 
@@ -74,7 +75,7 @@ def export(
         "peft": (peft_files.PEFT_CONFIG_FILE, "a PEFT adapter"),
     }[format]
     check_target(
-        Path(output), marker=marker, what=what, overwrite=overwrite, inputs=[model, adapter]
+        located(output), marker=marker, what=what, overwrite=overwrite, inputs=[model, adapter]
     )
     base = open_base(model)
     with adapter_directory(adapter, checkpoint, model) as directory:
@@ -85,7 +86,7 @@ def export(
             params,
             config,
             output,
-            base_model_name=base_name or str(Path(model)),
+            base_model_name=base_name or _name_of(model),
             hf_module_name=module_naming(base.hf_config),
             facts=facts,
             overwrite=overwrite,
@@ -105,13 +106,18 @@ def export(
     write = _write_huggingface if format == "huggingface" else _write_orbax
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder) / CARD_FILE
-        text = model_card(format, config, base_name=base_name or str(Path(model)), facts=facts)
+        text = model_card(format, config, base_name=base_name or _name_of(model), facts=facts)
         card.write_text(text, encoding="utf-8")
         beside = _beside_weights(base) | {"tokenizer_files": [card]}
         write(reader, base, output, jnp.dtype(chosen), max_shard_bytes, overwrite, beside)
     _show_rounding(losses or reader.report(), chosen)
     console.print(f"merged model: {output}", soft_wrap=True, markup=False)
     return 0
+
+
+def _name_of(model: str) -> str:
+    """What a card calls a base that was given by its place."""
+    return model if is_remote(model) else str(Path(model))
 
 
 def _chosen(base: StoredBase, reader: MergedReader) -> tuple[str, Mapping[str, MergeLoss]]:

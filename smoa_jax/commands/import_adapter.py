@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.checkpoint.base import load_base
 from smoa_jax.checkpoint.directories import check_target
@@ -13,6 +11,7 @@ from smoa_jax.checkpoint.native.directory import save_adapter
 from smoa_jax.checkpoint.peft.load import import_peft
 from smoa_jax.checkpoint.peft.names import module_naming
 from smoa_jax.commands.tables import console
+from smoa_jax.storage import located
 from smoa_jax.training.model import resolve_dtype
 
 
@@ -26,7 +25,7 @@ def import_adapter(*, model: str, peft: str, output: str, overwrite: bool = Fals
         overwrite: Replace the adapter that output holds.
     """
     check_target(
-        Path(output),
+        located(output),
         marker=adapter_files.ADAPTER_FILE,
         what="an adapter",
         overwrite=overwrite,

@@ -31,6 +31,7 @@ from smoa_jax.evaluation.inspection import (
     update_spectrum,
 )
 from smoa_jax.evaluation.plots import PlottedAdapter, load_pyplot, plot_spectra
+from smoa_jax.storage import is_remote
 from smoa_jax.training.directory import jsonable
 from smoa_jax.training.metrics import ProgressReport
 from smoa_jax.training.model import spectra_cache
@@ -142,7 +143,8 @@ def _check_options(adapter: str, plan: dict[str, Any], learned: list[str], plot:
         given = ", ".join(f"--{name}" for name in learned)
         refuse(f"{given} without --adapter", "a trained adapter", "name its directory or its run's")
     if plot:
-        require(Path(plot).suffix == ".png", f"--plot {plot}", "a name that ends in .png")
+        fits = Path(plot).suffix == ".png" and not is_remote(plot)
+        require(fits, f"--plot {plot}", "a name on this machine that ends in .png")
         load_pyplot()
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from smoa_jax.checkpoint.huggingface.upload import check_upload
 from smoa_jax.checkpoint.huggingface.upload import upload as upload_directory
 from smoa_jax.commands.tables import console
+from smoa_jax.storage import local_copy
 from smoa_jax.training.directory import RunDirectory
 
 
@@ -20,7 +19,7 @@ def upload(*, directory: str, name: str, public: bool = False, message: str = ""
         message: Of the commit; empty: says what was uploaded.
     """
     run = RunDirectory(directory)
-    source = run.adapter if run.holds_run else Path(directory)
+    source = local_copy(run.adapter if run.holds_run else directory)
     check_upload(source, name)
     size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     console.print(f"uploading {source} ({size / 1e6:.1f} MB)", soft_wrap=True, markup=False)

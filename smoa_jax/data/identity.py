@@ -19,13 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from smoa_jax.checks import require
 from smoa_jax.data.encode import Examples
+from smoa_jax.storage import local_copy
 
 #: JSON-serialisable; see above.
 Identity: TypeAlias = dict[str, Any]
@@ -165,5 +165,5 @@ def _digest(examples: Examples, texts: Sequence[str] = ()) -> str:
 
 
 def _file_digest(name: str) -> str:
-    with Path(name).open("rb") as file:
+    with local_copy(name).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

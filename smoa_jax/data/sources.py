@@ -33,6 +33,7 @@ from smoa_jax.data.rows import (
     Text,
     bad_rows_counted,
 )
+from smoa_jax.storage import local_copy
 
 #: Fields that make a row, to which ``columns`` may map.
 ROW_FIELDS = (
@@ -88,7 +89,7 @@ def read_rows(
     counts: Counter[str] = Counter(bad_rows=0)
     records = (
         (f"{path} row {number}", record)
-        for path in map(Path, paths)
+        for path in map(local_copy, paths)
         for number, record in _records(path, on_bad_row, counts)
     )
     rows = collect_rows(records, counts, on_bad_row=on_bad_row, limit=limit, columns=columns)

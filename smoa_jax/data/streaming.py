@@ -31,6 +31,7 @@ from smoa_jax.data.pipeline import StreamState, slice_of
 from smoa_jax.data.rows import AnyRow, BadRowError, OnBadRow
 from smoa_jax.data.sources import Record
 from smoa_jax.data.splits import question_keys
+from smoa_jax.storage import local_copy
 
 #: Rows of a batch, at the least, that Grain fills at a time: more waste less.
 _OPEN_ROWS = 32
@@ -56,7 +57,7 @@ class JsonLines:
     """
 
     def __init__(self, paths: Sequence[str | Path]):
-        self._paths = [Path(path) for path in paths]
+        self._paths = [local_copy(path) for path in paths]
         for path in self._paths:
             require(
                 path.suffix == ".jsonl" and path.is_file(),

@@ -20,6 +20,9 @@ from jax.sharding import Mesh
 from smoa_jax.adapter.planning.exchange import raise_together
 from smoa_jax.checks import require
 from smoa_jax.sharding.mesh import BATCH_AXES
+from smoa_jax.sharding.watchdog import Watchdog, end_now
+
+_watchdog: Watchdog | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,10 @@ class DistributedConfig:
         coordinator_address: ``host:port`` of the first process; empty: found by itself.
         num_processes: How many; 0: found by itself.
         process_id: Of this process, from 0; -1: found by itself.
+        heartbeat_timeout: Seconds after which a process that is not heard of counts as dead, and
+            the others end; also how long they wait for each other when they start and end.
+        step_timeout: Seconds without any progress after which a process ends, since another hangs;
+            0: never. Loading the base and compiling the first step must fit in.
 
     Raises:
         ValueError: for an address without its numbers, or the other way round.
@@ -43,6 +50,8 @@ class DistributedConfig:
     coordinator_address: str = ""
     num_processes: int = 0
     process_id: int = -1
+    heartbeat_timeout: int = 100
+    step_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         given = (self.coordinator_address != "", self.num_processes > 0, self.process_id >= 0)
@@ -57,18 +66,52 @@ class DistributedConfig:
             "a distributed.coordinator_address with distributed.initialize=false",
             "true to use it",
         )
+        require(
+            self.heartbeat_timeout >= 1 and self.step_timeout >= 0,
+            f"distributed.heartbeat_timeout={self.heartbeat_timeout}, "
+            f"step_timeout={self.step_timeout}",
+            "at least 1, and at least 0",
+        )
 
 
 def initialize(config: DistributedConfig) -> None:
     """Join the other processes, before JAX is used in any other way; once is enough."""
-    if not config.initialize or jax.distributed.is_initialized():
+    global _watchdog
+    if not config.initialize:
         return
-    if config.coordinator_address:
+    if not jax.distributed.is_initialized():
+        named = config.coordinator_address != ""
         jax.distributed.initialize(
-            config.coordinator_address, config.num_processes, config.process_id
+            config.coordinator_address if named else None,
+            config.num_processes if named else None,
+            config.process_id if named else None,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+            shutdown_timeout_seconds=config.heartbeat_timeout,
         )
-    else:
-        jax.distributed.initialize()
+    if _watchdog is not None:
+        _watchdog.stop()
+    name = f"process {jax.process_index()} of {jax.process_count()}"
+    _watchdog = Watchdog(config.step_timeout, name) if config.step_timeout else None
+
+
+def progressed() -> None:
+    """Tell the watchdog, if there is one, that this process gets on."""
+    if _watchdog is not None:
+        _watchdog.progress()
+
+
+def end_if_another_is_lost(_: Any, error: BaseException | None, __: Any) -> None:
+    """End this process at once if a collective failed; to be pushed onto an ``ExitStack``.
+
+    Whatever is closed on the way out would wait for the process that is gone.
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        reason = " ".join(str(error).split())[:200]
+        end_now(
+            f"got no answer from another process ({reason}); expected all of them to be alive; "
+            "look at what it says itself, and start all of them again; --resume goes on from the "
+            "last checkpoint"
+        )
 
 
 def is_first() -> bool:
@@ -79,12 +122,20 @@ def is_first() -> bool:
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """All processes come out of this block, or all of them raise what one of them raised."""
+    progressed()
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
     raise_together(error)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether any process says so; all of them ask together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def fetch(tree: Any) -> Any:

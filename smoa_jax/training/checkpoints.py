@@ -5,7 +5,10 @@ leaves of the adapter (never the base, nor its spectral bands), the optimizer's 
 keys, and as JSON the position in the data and the identity of adapter and base. Each step is
 written to a temporary directory and renamed when it is complete, and a step to be deleted is
 renamed away first: whatever moment a process is killed at, every directory named by a step number
-is whole.
+is whole. In a bucket one is whole when ``complete.json`` is in it.
+
+A checkpoint that can't be read all the same is passed over for the one before it, and set aside as
+``damaged-STEP``. A save that fails costs no more than itself: the run is told, and goes on.
 
 On disk a state is flat: every leaf under its path, such as
 ``trainable/layers/self_attn/q_proj/smoa/a``, with a table of shapes and dtypes beside it, which a
@@ -14,75 +17,31 @@ restore is checked against before anything is read.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import (
-    AnyPreservationPolicy,
-    LatestN,
-    PreservationContext,
-    PreservationPolicy,
-)
-
 from smoa_jax import checks
-from smoa_jax.checkpoint.errors import CheckpointError, listed, require
+from smoa_jax.checkpoint.errors import CheckpointError, require
+from smoa_jax.sharding.processes import anywhere, together
+from smoa_jax.storage import explained, is_remote, located, reason
+from smoa_jax.training.bucket_steps import BucketSteps
 from smoa_jax.training.checkpoint_leaves import (
     absolute,
     as_json,
-    as_key,
-    check_restored,
     check_saveable,
-    check_targets,
     describe,
-    differences,
     flatten,
     key_data,
-    key_data_target,
-    leaf_name,
 )
+from smoa_jax.training.checkpoint_reader import FORMAT_VERSION, CheckpointReader, Identity, Restored
+from smoa_jax.training.checkpoint_steps import KeepBest, LocalSteps
 
-FORMAT_VERSION = 1
-
-_STATE, _RECORD, _TRASH = "state", "record", "deleted"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Which adapter on which base a checkpoint belongs to.
-
-    Args:
-        adapter_config: The fields of the ``SmoaConfig``, as its ``to_fields`` gives them.
-        base_fingerprint: Of the base model.
-    """
-
-    adapter_config: Mapping[str, Any]
-    base_fingerprint: str
-
-    def as_json(self) -> dict[str, Any]:
-        """With tuples as lists, as JSON gives them back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+__all__ = ["Identity", "Restored", "TrainingCheckpoints"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Restored:
-    """A checkpoint in memory."""
-
-    state: Any
-    data_position: dict[str, Any]
-    step: int
-    metrics: dict[str, float]
-
-
-class TrainingCheckpoints:
+class TrainingCheckpoints(CheckpointReader):
     """The checkpoints of one run: the last few and the best.
 
     >>> with TrainingCheckpoints("run/checkpoints", identity=identity) as checkpoints:
@@ -129,54 +88,28 @@ class TrainingCheckpoints:
             "one, unless read_only",
             "give the run's own",
         )
-        self.directory = absolute(directory)
-        require(
-            not read_only or self.directory.is_dir(),
-            "what is no directory",
-            "the checkpoints of a run",
-            where=self.directory,
+        path = absolute(directory)
+        with explained(located(directory)):
+            there = not read_only or path.is_dir()
+        require(there, "what is no directory", "the checkpoints of a run", where=path)
+        self._saving: int | None = None
+        best = KeepBest(keep_best, best_mode)
+        kind = BucketSteps if is_remote(directory) else LocalSteps
+        super().__init__(
+            path,
+            kind(path, keep_last=keep_last, best=best, read_only=read_only),
+            identity=identity,
+            best=best,
+            best_metric=best_metric,
+            read_only=read_only,
         )
-        self._identity = identity
-        self._best_metric = best_metric
-        self._read_only = read_only
-        self._own_steps: set[int] = set()
-        self._best = _KeepBest(keep_best, best_mode)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep_last), self._best]),
-                cleanup_tmp_directories=not read_only,
-                todelete_subdir=None if read_only else _TRASH,
-                read_only=read_only,
-                save_interval_steps=0 if read_only else 1,
-                create=not read_only,
-            ),
-            item_names=(_STATE, _RECORD),
-        )
-        self._empty_trash()
-        for step in self.all_steps():
-            try:
-                self._best.note(step, self._checked_record(step)["metrics"].get(best_metric))
-            except CheckpointError:  # a run that goes on may have deleted it by now
-                if not read_only or (self.directory / str(step)).exists():
-                    raise
-
-    # -------------------------------------------------------------------------------- the steps
-
-    def latest_step(self) -> int | None:
-        """The newest step, one that is being saved included; None if there is none."""
-        return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """The step with the best metric among those kept; None if none has one."""
-        ranked = self._best.ranked(self.all_steps())
-        return ranked[0] if ranked else None
-
-    def all_steps(self) -> list[int]:
-        """Every step kept, in ascending order."""
-        return sorted(self._manager.all_steps())
 
     # --------------------------------------------------------------------------- saving, waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way, in any process; all of them ask together."""
+        return anywhere(self._steps.busy)
 
     def save(
         self,
@@ -188,7 +121,8 @@ class TrainingCheckpoints:
     ) -> bool:
         """Save one step in the background; waits only for the save before it.
 
-        The arrays may be donated or deleted as soon as this returns.
+        The arrays may be donated or deleted as soon as this returns. If the save before it failed,
+        ``notes`` says so.
 
         Args:
             step: Later than every step there is, or one that this object has saved or restored.
@@ -209,9 +143,8 @@ class TrainingCheckpoints:
             raise CheckpointError(f"{self.directory} was opened read-only; expected no saves")
         leaves = flatten(state)
         check_saveable(leaves)
-        if step in self._own_steps and step in self._manager.all_steps():
-            if wait:
-                self.wait()
+        self._settle()
+        if step in self._own_steps and step in self.all_steps():
             return False
         latest = self.latest_step()
         require(
@@ -230,28 +163,72 @@ class TrainingCheckpoints:
         }
         self._best.note(step, record["metrics"].get(self._best_metric))
         stored = {name: key_data(leaf) for name, leaf in leaves.items() if leaf.size}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{_STATE: ocp.args.PyTreeSave(stored), _RECORD: ocp.args.JsonSave(record)}
-            ),
-            force=True,
-        )
+        self._saving = step
+        try:
+            with together():
+                self._steps.save(step, stored, record)
+        except Exception as error:  # storage layers have many kinds
+            self._give_up(error)
+            if wait:
+                raise self._failure(step, error) from error
+            return False
         self._own_steps.add(step)
         if wait:
             self.wait()
         return True
 
     def wait(self) -> None:
-        """Return when everything saved is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._empty_trash()
+        """Return when everything saved is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written; the checkpoint before it stands.
+        """
+        error = self._settle()
+        if error is not None:
+            raise error
+
+    def _settle(self) -> CheckpointError | None:
+        """Wait for the save under way; what went wrong with it is noted, and returned."""
+        if self._saving is None:
+            return None
+        try:
+            with together():
+                self._steps.wait()
+        except Exception as error:  # of this process or another one
+            step = self._saving
+            self._give_up(error)
+            return self._failure(step, error)
+        self._saving = None
+        return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Forget a save that failed."""
+        step, self._saving = self._saving, None
+        self.notes.append(str(self._failure(step, error)))
+        if step is not None:
+            self._own_steps.discard(step)
+            self._best.note(step, None)
+        self._steps.recover()
+
+    def _failure(self, step: int | None, error: Exception) -> CheckpointError:
+        steps = [known for known in self.all_steps() if known != step]
+        stands = f"that of step {steps[-1]} stands" if steps else "there is none before it"
+        return CheckpointError(
+            f"{self.directory}: got no checkpoint of step {step} ({reason(error)}); expected room "
+            f"and rights to write it; {stands}"
+        )
+
+    def restore(self, step: int | None, abstract_state: Any) -> Restored:
+        """As a reader does, once everything saved is on disk."""
+        self.wait()
+        return super().restore(step, abstract_state)
 
     def close(self) -> None:
         """Wait, then give up threads; the object is of no use afterwards."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._steps.close()
 
     def __enter__(self) -> TrainingCheckpoints:
         return self
@@ -263,178 +240,3 @@ class TrainingCheckpoints:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    # --------------------------------------------------------------------------------- restoring
-
-    def restore(self, step: int | None, abstract_state: Any) -> Restored:
-        """Read a checkpoint onto the devices that ``abstract_state`` names.
-
-        Args:
-            step: None for the latest.
-            abstract_state: The state's structure, every leaf a ``ShapeDtypeStruct`` with a sharding
-                (or an array that has them): of this mesh, not of the one that saved.
-
-        Raises:
-            CheckpointError: if there is no such step, if it is damaged or belongs to another
-                adapter or base, or if its tensors aren't those of ``abstract_state``.
-        """
-        self.wait()
-        step = self._known(step)
-        record = self._checked_record(step)
-        targets = flatten(abstract_state)
-        where = f"{self.directory / str(step)}"
-        check_targets(where, targets, record["tensors"])
-        stored = self._read(step, {name: leaf for name, leaf in targets.items() if leaf.size})
-        leaves = []
-        for name, target in targets.items():
-            if target.size:
-                leaf = as_key(stored[name], record["tensors"][name])
-            else:  # the storage format has no empty arrays
-                leaf = jax.device_put(jnp.zeros(target.shape, target.dtype), target.sharding)
-            check_restored(where, name, leaf, target)
-            leaves.append(leaf)
-        self._own_steps.add(step)
-        return Restored(
-            state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
-            data_position=record["data_position"],
-            step=step,
-            metrics=record["metrics"],
-        )
-
-    def metrics(self, step: int | None = None) -> dict[str, float]:
-        """What was measured at a step (None: the latest), as it was saved.
-
-        Raises:
-            CheckpointError: if there is no such step or its record is damaged.
-        """
-        return self._checked_record(self._known(step))["metrics"]
-
-    def read_adapter(self, step: int | None = None) -> tuple[Identity, int, dict[str, np.ndarray]]:
-        """The adapter of a checkpoint on the host, by the names of ``adapter_leaves``.
-
-        Reads neither the optimizer's state nor anything else, and needs no device.
-
-        Args:
-            step: None for the latest.
-
-        Returns:
-            Whose it is, its step, and every leaf that an adapter directory holds.
-
-        Raises:
-            CheckpointError: if there is no such step or it is damaged.
-        """
-        step = self._known(step)
-        record = self._checked_record(step)
-        names = {name: leaf_name(name) for name in record["tensors"]}
-        chosen = {name: leaf for name, leaf in names.items() if leaf is not None}
-        tensors = {name: record["tensors"][name] for name in chosen}
-        abstract = {
-            name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
-            for name, entry in tensors.items()
-            if math.prod(entry["shape"])  # the storage format has no empty arrays
-        }
-        args = ocp.args.PyTreeRestore(
-            abstract,
-            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in abstract},
-            partial_restore=True,
-        )
-        stored = self._restore_item(step, _STATE, args)
-        leaves = {
-            chosen[name]: np.asarray(stored[name])
-            if name in abstract
-            else np.zeros(entry["shape"], entry["dtype"])
-            for name, entry in tensors.items()
-        }
-        return Identity(**record["identity"]), step, dict(sorted(leaves.items()))
-
-    def _known(self, step: int | None) -> int:
-        """``step``, or the latest for None."""
-        steps = self.all_steps()
-        require(
-            bool(steps),
-            "no checkpoint in it",
-            "at least one",
-            "train with train.save_every, or to the end",
-            where=self.directory,
-        )
-        require(
-            step is None or step in steps,
-            f"no checkpoint of step {step}",
-            f"one of {listed(steps)}",
-            where=self.directory,
-        )
-        return steps[-1] if step is None else step
-
-    def _read(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        abstract = {name: key_data_target(leaf) for name, leaf in targets.items()}
-        arguments = {
-            name: ocp.ArrayRestoreArgs(
-                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
-            )
-            for name, leaf in abstract.items()
-        }
-        args = ocp.args.PyTreeRestore(abstract, restore_args=arguments)
-        return self._restore_item(step, _STATE, args)
-
-    def _checked_record(self, step: int) -> dict[str, Any]:
-        """The JSON of a step, refused if it is another run's."""
-        record = self._restore_item(step, _RECORD, ocp.args.JsonRestore())
-        where = self.directory / str(step)
-        require(
-            record.get("format_version") == FORMAT_VERSION,
-            f"checkpoint format {record.get('format_version')}",
-            f"{FORMAT_VERSION}",
-            "read it with the version of smoa_jax that wrote it",
-            where=where,
-        )
-        if self._identity is None:
-            return record
-        different = differences(record["identity"], self._identity.as_json())
-        if different:
-            raise CheckpointError(
-                f"{where} belongs to another run: got {'; got '.join(different)}; resume with the "
-                "adapter and base that it was saved with, or use a new directory"
-            )
-        return record
-
-    def _restore_item(self, step: int, item: str, args: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-        except Exception as error:  # whatever the storage layers below raise means: unreadable
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{self.directory / str(step)}: can't be read ({reason[:300]}); expected a whole "
-                "checkpoint; remove that directory to go on from an earlier step"
-            ) from error
-
-    def _empty_trash(self) -> None:
-        """Delete what has been renamed away; the first process does it for all."""
-        if not self._read_only and jax.process_index() == 0:
-            trash = self.directory / _TRASH
-            if trash.exists():
-                for entry in trash.iterdir():
-                    entry.rmtree(missing_ok=True)
-
-
-class _KeepBest(PreservationPolicy):
-    """Preserves the best steps among those with a finite metric."""
-
-    def __init__(self, number: int, mode: Literal["min", "max"]):
-        self._number = number
-        self._sign = 1.0 if mode == "min" else -1.0
-        self._values: dict[int, float] = {}
-
-    def note(self, step: int, value: float | None) -> None:
-        if value is not None and math.isfinite(value):
-            self._values[step] = self._sign * value
-
-    def ranked(self, steps: Sequence[int]) -> list[int]:
-        """Those with a metric, best first; of equals the later first."""
-        known = [step for step in steps if step in self._values]
-        return sorted(known, key=lambda step: (self._values[step], -step))
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: PreservationContext
-    ) -> Sequence[bool]:
-        best = self.ranked([info.step for info in checkpoints])[: self._number]
-        return [info.step in best for info in checkpoints]

@@ -13,6 +13,8 @@ from smoa_jax.checks import require
 from smoa_jax.data.build import Data
 from smoa_jax.evaluation.scoring import check_questions
 from smoa_jax.sharding.mesh import check_batch
+from smoa_jax.sharding.processes import is_first
+from smoa_jax.storage import check_writable, is_remote
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.directory import RunDirectory, RunError
 from smoa_jax.training.held_out import eval_batch_size
@@ -43,7 +45,7 @@ def check_directory(
         error=RunError,
     )
     require(
-        not path.exists() or path.is_dir(),
+        is_remote(path) or not path.exists() or path.is_dir(),
         f"train.output_dir={path}, which is a file",
         "a directory",
         "choose another",
@@ -73,6 +75,8 @@ def check_directory(
             error=RunError,
         )
         check_apart(path, [config.model.path, *config.data.train_files, *config.data.eval_files])
+    if is_first():
+        check_writable(path)
 
 
 def check_data(config: RunConfig, loaded: LoadedModel, data: Data) -> None:

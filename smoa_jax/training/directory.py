@@ -11,6 +11,10 @@
       tensorboard/, wandb/  what was asked for by train.tensorboard and train.wandb
       .lock           held while a run is under way; the system lets go of it when the run dies
 
+In a bucket (``gs://``, ``s3://``) it is the same, but that files which grow go up whole now and
+then, that a checkpoint is complete when ``complete.json`` is in it, and that ``.lock`` is written
+again every ten seconds by the run that holds it: a run that was killed is known by its silence.
+
 Of several processes the first one alone writes, but for the checkpoints, which all of them do.
 """
 
@@ -20,20 +24,20 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.native.directory import save_adapter
 from smoa_jax.checks import require
 from smoa_jax.evaluation.scoring import Answers
 from smoa_jax.sharding.processes import is_first, together
+from smoa_jax.storage import explained, is_remote, located, remove_tree
 from smoa_jax.training.config import RunConfig
+from smoa_jax.training.run_lock import Taken, run_lock
 
 _CONFIG, _LOCK = "config.yaml", ".lock"
 
@@ -50,24 +54,26 @@ class RunDirectory(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = located(path)
         self.config_file = self.path / _CONFIG
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
-        self._lock = FileLock(self.path / _LOCK, timeout=0)
+        self._lock = run_lock(self.path / _LOCK)
 
     def __exit__(self, *exception: Any) -> None:
-        self._lock.release(force=True)
+        self._lock.release()
 
     @property
     def holds_run(self) -> bool:
         """Whether a run has begun here."""
-        return self.config_file.exists()
+        with explained(self.path):
+            return self.config_file.exists()
 
     @property
     def is_occupied(self) -> bool:
         """Whether anything but a lock lies here."""
-        return self.path.exists() and any(entry.name != _LOCK for entry in self.path.iterdir())
+        with explained(self.path):
+            return self.path.exists() and any(entry.name != _LOCK for entry in self.path.iterdir())
 
     def lock(self) -> None:
         """Keep other runs out until this one ends, however it ends; once is enough.
@@ -75,15 +81,33 @@ class RunDirectory(contextlib.AbstractContextManager):
         Raises:
             RunError: if another run is under way here.
         """
-        if not is_first() or self._lock.is_locked:
+        if not is_first():
             return
         try:
             self._lock.acquire()
-        except Timeout as error:
+        except Taken as error:
             raise RunError(
                 f"got train.output_dir={self.path}, where another run is under way; expected a "
                 "directory of its own; wait for that run to end, or choose another"
             ) from error
+
+    def check_lock(self) -> None:
+        """Stop a run whose directory another has taken; all processes call it.
+
+        Raises:
+            RunError: in all of them.
+        """
+        if not is_remote(self.path):  # where the system itself keeps others out
+            return
+        with together():
+            if is_first():
+                try:
+                    self._lock.check()
+                except Taken as error:
+                    raise RunError(
+                        f"got train.output_dir={self.path}, which another run has taken over since "
+                        "this one was silent for too long; expected one run; end one of them"
+                    ) from error
 
     def begin(self, config: RunConfig, *, overwrite: bool) -> None:
         """Make the directory, or empty it, and say in it which run it holds.
@@ -94,7 +118,8 @@ class RunDirectory(contextlib.AbstractContextManager):
         with together():
             if not is_first():
                 return
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not is_remote(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             require(
                 not self.is_occupied or overwrite,
@@ -103,18 +128,21 @@ class RunDirectory(contextlib.AbstractContextManager):
                 "choose another",
                 error=RunError,
             )
-            for entry in self.path.iterdir():
-                if entry.name == _LOCK:
-                    continue
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            with explained(self.path):
+                for entry in self.path.iterdir():
+                    if entry.name != _LOCK:
+                        remove_tree(entry)
             self.write_config(config)
 
     def write_config(self, config: RunConfig) -> None:
         """The resolved configuration, as YAML, to run again."""
         if not is_first():
             return
-        draft = self.path / f".{_CONFIG}.draft"
         text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
+        if is_remote(self.path):  # where a file appears whole or not at all
+            self._write(_CONFIG, text.rstrip("\n"))
+            return
+        draft = self.path / f".{_CONFIG}.draft"
         draft.write_text(text, encoding="utf-8")
         draft.replace(self.config_file)
 
@@ -180,7 +208,8 @@ class RunDirectory(contextlib.AbstractContextManager):
 
     def _write(self, name: str, text: str) -> None:
         if is_first():
-            (self.path / name).write_text(text + "\n", encoding="utf-8")
+            with explained(self.path):
+                (self.path / name).write_text(text + "\n", encoding="utf-8")
 
 
 def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

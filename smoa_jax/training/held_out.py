@@ -15,7 +15,7 @@ from smoa_jax.data.build import Data
 from smoa_jax.data.pipeline import ExamplesIndex, eval_batches, num_eval_batches
 from smoa_jax.evaluation.scoring import Answers, answer_questions
 from smoa_jax.sharding.mesh import put_batch, rows_for_mesh
-from smoa_jax.sharding.processes import batch_share
+from smoa_jax.sharding.processes import batch_share, progressed
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.model import LoadedModel
 from smoa_jax.training.step import Batch, make_eval_step
@@ -45,6 +45,7 @@ def mean_loss(
     sums = []
     for batch in eval_batches(rows, size, process_index=index, process_count=count):
         sums.append(eval_step(put_batch(batch, mesh)))
+        progressed()
         if progress is not None:
             jax.block_until_ready(sums[-2:-1])  # not the one under way, so no device has to wait
             progress(len(sums) - 1, num_eval_batches(rows, size))

@@ -10,15 +10,18 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from smoa_jax.sharding.processes import is_first
-from smoa_jax.training.trackers import Tracker
+from smoa_jax.sharding.processes import is_first, progressed
+from smoa_jax.training.growing import GrowingFiles
+from smoa_jax.training.trackers import TRACKER_FILES, Tracker
 
 METRICS_FILE = "metrics.jsonl"
+#: (directory that trackers may write to) -> trackers
+OpenTrackers: TypeAlias = Callable[[Path], Sequence[Tracker]]
 
 
 def read_metrics(directory: Path, event: str) -> Iterator[dict[str, Any]]:
@@ -40,20 +43,21 @@ class MetricsWriter:
 
     Args:
         directory: Of the run.
-        trackers: Opens whatever else is to have the numbers.
+        trackers: Opens whatever else is to have the numbers, in the directory to write to.
     """
 
-    def __init__(self, directory: Path, trackers: Callable[[], Sequence[Tracker]] = tuple):
+    def __init__(self, directory: Path, trackers: OpenTrackers = lambda _: ()):
         self._file: TextIO | None = None
         self._trackers: Sequence[Tracker] = ()
         if not is_first():
             return
-        path = directory / METRICS_FILE
+        self._files = GrowingFiles(directory, [METRICS_FILE, *TRACKER_FILES])
+        path = self._files.path / METRICS_FILE
         torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if torn:  # by a process that was killed; its half line must not swallow ours
             self._file.write("\n")
-        self._trackers = trackers()
+        self._trackers = trackers(self._files.path)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line: ``{"event", "step", "time", ...values}``."""
@@ -65,13 +69,19 @@ class MetricsWriter:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for tracker in self._trackers if numbers else ():
             tracker.log(event, step, numbers)
+        if event in ("train", "save"):
+            self._files.push_soon()
+        else:  # rare, and a resumed run reads some of them
+            self._files.push()
 
     def close(self) -> None:
         """Flush and close the file and the trackers."""
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        self._file.close()
         for tracker in self._trackers:
             tracker.close()
+        self._files.close()
 
 
 class ProgressReport(contextlib.AbstractContextManager):
@@ -105,6 +115,7 @@ class ProgressReport(contextlib.AbstractContextManager):
 
     def update(self, completed: int, note: str) -> None:
         """Show progress; off a terminal at most one line every ten seconds, and the last."""
+        progressed()
         self._bar.update(self._task, completed=completed, note=note)
         now = time.monotonic()
         if not self._live and (now - self._last_line >= 10 or completed == self._total):

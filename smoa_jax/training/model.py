@@ -28,6 +28,7 @@ from smoa_jax.sharding.rules import (
     param_shardings,
     product_shardings,
 )
+from smoa_jax.storage import located
 from smoa_jax.training.config import RunConfig
 
 
@@ -56,7 +57,7 @@ def spectra_cache(name: str) -> Path | None:
     """The directory in which spectra are kept: ``auto`` is the user's own, ``off`` none."""
     if name == "auto":
         return default_cache_dir()
-    return Path(name).expanduser() if name not in ("", "off") else None
+    return located(name) if name not in ("", "off") else None
 
 
 def load_model(config: RunConfig) -> LoadedModel:

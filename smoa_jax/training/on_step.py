@@ -48,6 +48,8 @@ class BetweenSteps:
         stopping: Set when the run shall save and stop.
         losses: Held-out losses of the evaluations before ``start``, for patience.
         also: Called after every step; False asks for the same.
+        busy: Whether a save is under way. One that falls due meanwhile is made up for after the
+            next step that finds none, so that slow storage holds up no step.
         clock: Of the steps.
     """
 
@@ -65,12 +67,14 @@ class BetweenSteps:
         stopping: threading.Event,
         losses: Sequence[float] = (),
         also: OnStep | None = None,
+        busy: Callable[[], bool] = lambda: False,
         clock: CompletionClock | None = None,
     ):
         self.step, self.eval_loss = start, math.nan
         self._settings, self._steps, self._schedule = settings, steps, schedule
         self._writer, self._report_line = writer, report
         self._evaluate, self._save, self._stopping, self._also = evaluate, save, stopping, also
+        self._busy, self._owed = busy, False
         self._losses = list(losses)
         self._tokens, self._seconds = 0.0, 0.0
         self._unread: tuple[int, Metrics, bool] | None = None
@@ -85,7 +89,7 @@ class BetweenSteps:
         self._unread = (taken.step, taken.metrics, compiled)
         self.step, self.eval_loss = taken.step, math.nan
         evaluates = last or _is_due(self._settings.eval_every, taken.step)
-        due = last or stop or _is_due(self._settings.save_every, taken.step)
+        due = self._saves_now(taken.step, must=last or stop or evaluates)
         if evaluates or due:
             self._read()
         if evaluates:
@@ -104,6 +108,18 @@ class BetweenSteps:
                 f"step {taken.step}; --checkpoint best takes the adapter of the lowest"
             )
         return not (stop or self.finished)
+
+    def _saves_now(self, step: int, *, must: bool) -> bool:
+        """Whether to save after a step: it is due, or was and had to wait, and nothing is saving.
+
+        Args:
+            step: That was taken.
+            must: Wait for a save under way sooner than put off another.
+        """
+        last_or_asked = step == self._steps or self._stopping.is_set()
+        due = self._owed or last_or_asked or _is_due(self._settings.save_every, step)
+        self._owed = due and not must and self._busy()
+        return due and not self._owed
 
     @property
     def finished(self) -> bool:

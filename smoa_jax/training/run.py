@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -17,13 +18,14 @@ import jax
 from smoa_jax.adapter.tree import count_trainable, strip_smoa
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import abstract_base
+from smoa_jax.checkpoint.errors import CheckpointError
 from smoa_jax.checks import require
 from smoa_jax.data.build import Data, build_data
 from smoa_jax.data.pipeline import unchecked
 from smoa_jax.data.preview import preview
 from smoa_jax.data.tokenizer import load_tokenizer
 from smoa_jax.sharding.memory import exhaustion_explained
-from smoa_jax.sharding.processes import batch_share, initialize, together
+from smoa_jax.sharding.processes import batch_share, end_if_another_is_lost, initialize, together
 from smoa_jax.training.checkpoints import Identity, TrainingCheckpoints
 from smoa_jax.training.checks import (
     advice_on_length,
@@ -141,9 +143,10 @@ def run(
         stack.callback(begun.checkpoints.close)
         writer = MetricsWriter(
             directory.path,
-            lambda: open_trackers(config.train, directory.path, plain(prepared.config)),
+            lambda path: open_trackers(config.train, path, plain(prepared.config)),
         )
         stack.callback(writer.close)
+        stack.push(end_if_another_is_lost)
         return _Run(prepared, begun, writer, on_step).run(started)
 
 
@@ -215,6 +218,7 @@ def begin(prepared: Prepared, *, resume: bool, overwrite: bool) -> Begun:
             )
             if note := unchecked(restored.data_position):
                 report.say(note)
+            _tell(checkpoints, report)
             report.say(f"resuming after step {restored.step} of {prepared.steps}")
             for change in directory.changed_settings(config):
                 report.say(f"resuming with another setting, {change}")
@@ -246,6 +250,12 @@ def _open_checkpoints(prepared: Prepared) -> TrainingCheckpoints:
             base_fingerprint=prepared.loaded.base.fingerprint,
         ),
     )
+
+
+def _tell(checkpoints: TrainingCheckpoints, report: ProgressReport) -> None:
+    """Say what became of checkpoints that could not be read or written; the run goes on."""
+    while checkpoints.notes:
+        report.say(checkpoints.notes.pop(0))
 
 
 class _Run:
@@ -291,10 +301,11 @@ class _Run:
                     writer=self._writer,
                     report=report,
                     evaluate=self._evaluate,
-                    save=self._save,
+                    save=functools.partial(self._save, report),
                     stopping=stopping,
                     losses=self._earlier_losses(start),
                     also=self._on_step,
+                    busy=lambda: self._begun.checkpoints.busy,
                 )
                 if not between.finished:
                     state = train(
@@ -305,7 +316,7 @@ class _Run:
                         steps=steps,
                         on_step=between,
                     )
-                self._begun.checkpoints.wait()
+                self._wait_for_saves(between.finished, report)
                 if dropped := describe_dropped(self._data):
                     report.say(dropped)
                 if not between.finished:
@@ -386,10 +397,29 @@ class _Run:
         self._writer.write(event, step, jsonable({"eval_loss": loss}))
         return loss
 
-    def _save(self, step: int, state: State, position: dict[str, Any], eval_loss: float) -> None:
+    def _wait_for_saves(self, finished: bool, report: ProgressReport) -> None:
+        """Of a run that is finished the adapter is still to be had, if not its last checkpoint."""
+        try:
+            self._begun.checkpoints.wait()
+        except CheckpointError:
+            if not finished:
+                raise
+        _tell(self._begun.checkpoints, report)
+
+    def _save(
+        self,
+        report: ProgressReport,
+        step: int,
+        state: State,
+        position: dict[str, Any],
+        eval_loss: float,
+    ) -> None:
         metrics = {"eval_loss": eval_loss} if math.isfinite(eval_loss) else None
-        self._begun.checkpoints.save(step, self._programs.saved(state), position, metrics)
-        self._writer.write("save", step, {})
+        self._prepared.directory.check_lock()
+        saved = self._programs.saved(state)
+        if self._begun.checkpoints.save(step, saved, position, metrics):
+            self._writer.write("save", step, {})
+        _tell(self._begun.checkpoints, report)
 
     def _accuracy(self, params: Params, which: str, step: int) -> float:
         """Share of held-out questions answered right; NaN if none is asked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from smoa_jax.checkpoint.errors import CheckpointError, require
 from smoa_jax.checkpoint.huggingface.directory import download, is_hub_name
 from smoa_jax.checkpoint.native.directory import ADAPTER_FILE, save_adapter
 from smoa_jax.checkpoint.native.leaves import attach_leaves
+from smoa_jax.storage import is_remote, located
 from smoa_jax.training.checkpoints import TrainingCheckpoints
 from smoa_jax.training.directory import RunDirectory
 from smoa_jax.training.facts import facts_at
@@ -71,6 +73,8 @@ def write_checkpoint_adapter(
     with TrainingCheckpoints(run.checkpoints, identity=None, read_only=True) as checkpoints:
         identity, step, leaves = checkpoints.read_adapter(_step(checkpoints, checkpoint))
         loss = checkpoints.metrics(step).get("eval_loss", math.nan)
+        for note in checkpoints.notes:
+            warnings.warn(note, stacklevel=2)
     settings = run.settings()
     config = SmoaConfig(**identity.adapter_config)
     base = abstract_base(model)
@@ -91,7 +95,7 @@ def locate(path: str | Path) -> Path:
     Raises:
         CheckpointError: if nothing is there.
     """
-    given = Path(path).expanduser()
+    given = located(path)
     put_back(given)
     # Beside directories that are here, a name is one that was mistyped, not one of the hub.
     if not given.exists() and is_hub_name(str(path)) and not given.parent.exists():
@@ -108,13 +112,14 @@ def locate(path: str | Path) -> Path:
 
 def run_settings(path: str | Path) -> dict[str, Any]:
     """The configuration of the run that a directory, or the one around it, holds; {} if none."""
-    run = _run_of(Path(path).expanduser())
+    run = _run_of(located(path))
     return {} if run is None else run.settings()
 
 
 def _run_of(path: Path) -> RunDirectory | None:
     """The run that lies in a directory, or that an adapter's directory lies in."""
-    for candidate in (RunDirectory(path), RunDirectory(path.absolute().parent)):
+    around = path.parent if is_remote(path) else path.absolute().parent
+    for candidate in (RunDirectory(path), RunDirectory(around)):
         if candidate.holds_run and candidate.checkpoints.is_dir():
             return candidate
     return None

@@ -16,6 +16,8 @@ from smoa_jax.training.directory import RunError
 
 #: Holds the name under which Weights & Biases knows a run, so that a resumed one goes on there.
 _WANDB_ID = "wandb_id.txt"
+#: What trackers leave in a run's directory.
+TRACKER_FILES = ("tensorboard", "wandb", _WANDB_ID)
 
 
 class Tracker(Protocol):

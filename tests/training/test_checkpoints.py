@@ -229,17 +229,52 @@ def test_a_step_is_saved_once_and_never_over_a_later_one(tmp_path):
         checkpoints.save(4, SMALL, {})
 
 
-def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(tmp_path):
+def damage_arrays(step: Path) -> None:
+    for path in (step / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:-7])
+
+
+def damage_record(step: Path) -> None:
+    path = step / "record" / "metadata"
+    path.write_text(path.read_text()[:-9])
+
+
+@pytest.mark.parametrize("damage", [damage_arrays, damage_record])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, damage):
     with TrainingCheckpoints(tmp_path, identity=IDENTITY) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, SMALL, {"row": step})
-    for path in (tmp_path / "2" / "state").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[:-7])
-    with TrainingCheckpoints(tmp_path, identity=IDENTITY) as checkpoints:
+    damage(tmp_path / "2")
+    with TrainingCheckpoints(tmp_path, identity=IDENTITY, read_only=True) as checkpoints:
         with pytest.raises(CheckpointError, match=r"2: can't be read .*remove that directory"):
-            checkpoints.restore(None, abstract(SMALL))
-        assert checkpoints.restore(1, abstract(SMALL)).data_position == {"row": 1}
+            checkpoints.restore(2, abstract(SMALL))
+        assert checkpoints.restore(None, abstract(SMALL)).step == 1
+        assert (tmp_path / "2").exists()
+    with TrainingCheckpoints(tmp_path, identity=IDENTITY) as checkpoints:
+        restored = checkpoints.restore(None, abstract(SMALL))
+        assert (restored.step, restored.data_position) == (1, {"row": 1})
+        (note,) = checkpoints.notes
+        assert note.startswith("passed over step 2 for step 1:")
+        assert "can't be read" in note
+        # Its step is taken again, and it is kept for whoever wants to look at it.
+        checkpoints.save(2, SMALL, {"row": 20}, wait=True)
+        assert checkpoints.all_steps() == [1, 2]
+    assert (tmp_path / "damaged-2" / "state").is_dir()
+    with TrainingCheckpoints(tmp_path, identity=IDENTITY, read_only=True) as checkpoints:
+        assert checkpoints.restore(None, abstract(SMALL)).data_position == {"row": 20}
+
+
+def test_where_no_checkpoint_can_be_read_it_is_refused(tmp_path):
+    with TrainingCheckpoints(tmp_path, identity=IDENTITY) as checkpoints:
+        checkpoints.save(1, SMALL, {})
+    damage_arrays(tmp_path / "1")
+    with (
+        TrainingCheckpoints(tmp_path, identity=IDENTITY) as checkpoints,
+        pytest.raises(CheckpointError, match=r"1: can't be read"),
+    ):
+        checkpoints.restore(None, abstract(SMALL))
+    assert (tmp_path / "1").is_dir()
 
 
 @pytest.mark.parametrize("partition_kind", ["spectral_blocks", "spectral_bands"])

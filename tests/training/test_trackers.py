@@ -28,7 +28,7 @@ class Kept:
 
 def test_trackers_get_the_numbers_of_every_event_and_are_closed(tmp_path):
     kept = Kept()
-    writer = MetricsWriter(tmp_path, lambda: [kept])
+    writer = MetricsWriter(tmp_path, lambda _: [kept])
     writer.write("start", 0, {"data": {"rows": 3}})
     writer.write("train", 1, {"loss": 2.5, "tokens": 7, "note": "words", "missing": None})
     writer.write("eval", 1, {"eval_loss": None})

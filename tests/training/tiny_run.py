@@ -24,6 +24,7 @@ from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.params import init_params
 from smoa_jax.sharding.mesh import MeshConfig
 from smoa_jax.sharding.processes import DistributedConfig
+from smoa_jax.storage import located
 from smoa_jax.training.config import (
     GenerationEvalConfig,
     ModelConfig,
@@ -115,6 +116,6 @@ def run_config(base: Path, output: Path, **changes: Any) -> RunConfig:
 
 def read_metrics(directory: Path, event: str = "") -> list[dict[str, Any]]:
     """The records of ``metrics.jsonl``, of one kind if asked for."""
-    lines = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (located(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [record for record in records if event in ("", record["event"])]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from smoa_jax.storage import StorageError, cache_dir, explained, is_remote, located
 
 _VERSION = 2
 _WEIGHTS = "weights"
@@ -30,12 +32,7 @@ def default_cache_dir() -> Path | None:
     ``XDG_CACHE_HOME`` or in the system's usual place.
     """
     named = os.environ.get("SMOA_JAX_CACHE", "")
-    if named in ("off", "0"):
-        return None
-    if named:
-        return Path(named).expanduser()
-    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "smoa_jax"
+    return located(named) if is_remote(named) else cache_dir()
 
 
 class CacheEntry:
@@ -65,10 +62,10 @@ class CacheEntry:
 
     def read(self) -> dict[str, np.ndarray] | None:
         """The result, or None if there is none that can be used."""
-        if not self._path.exists():
-            return None
         try:
-            with np.load(self._path, allow_pickle=False) as stored:
+            if not self._path.exists():
+                return None
+            with np.load(self._readable(), allow_pickle=False) as stored:
                 if str(stored[_WEIGHTS]) != self._digest:
                     raise ValueError("it belongs to another base")
                 found = {key: stored[key].view(struct.dtype) for key, struct in self._like.items()}
@@ -85,8 +82,11 @@ class CacheEntry:
 
     def write(self, result: Mapping[str, np.ndarray]) -> None:
         """Keep ``result``, in the place of whatever was there; a warning where that can't be."""
-        temporary = self._path.with_suffix(f".{os.getpid()}.{id(result)}.tmp")
         named: Any = {_WEIGHTS: np.str_(self._digest), **result}
+        if is_remote(self._path):
+            self._upload(named)
+            return
+        temporary = self._path.with_suffix(f".{os.getpid()}.{id(result)}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
@@ -95,8 +95,25 @@ class CacheEntry:
         except OSError as error:  # a full disk or a home that is read-only stops no run
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            warnings.warn(
-                f"the spectrum of {self._name} cannot be kept in {self._path.parent} ({error}); it "
-                "is used all the same; SMOA_JAX_CACHE names another directory, or says off",
-                stacklevel=2,
-            )
+            self._warn(error)
+
+    def _readable(self) -> Any:
+        """What NumPy can read at any place; an object of a bucket, which is small, as a whole."""
+        return io.BytesIO(self._path.read_bytes()) if is_remote(self._path) else self._path
+
+    def _upload(self, named: Mapping[str, Any]) -> None:
+        """Into a bucket, where an object appears whole or not at all."""
+        content: Any = io.BytesIO()
+        np.savez(content, **named)
+        try:
+            with explained(self._path):
+                self._path.write_bytes(content.getvalue())
+        except StorageError as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        warnings.warn(
+            f"the spectrum of {self._name} cannot be kept in {self._path.parent} ({error}); it "
+            "is used all the same; SMOA_JAX_CACHE names another directory, or says off",
+            stacklevel=3,
+        )

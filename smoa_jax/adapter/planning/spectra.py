@@ -51,6 +51,7 @@ from smoa_jax.adapter.planning.stack import (
 from smoa_jax.adapter.targets import Target, find_targets, lookup
 from smoa_jax.adapter.types import Params
 from smoa_jax.checks import require
+from smoa_jax.storage import located
 
 #: Called with (layers done, layers in all, module path) as planning proceeds.
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -106,7 +107,7 @@ def plan_spectra(
         for layer, selected in enumerate(target.selected)
         if selected
     ]
-    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
+    planner = _Planner(config, located(cache_dir) if cache_dir is not None else None)
 
     def plan(job: _Job, fetch: Callable[[], Any], device: Any) -> Result:
         return planner.layer(fetch(), job.name, _known_cuts(cuts, job), device)
@@ -300,7 +301,7 @@ def layer_bands_of(
     Raises:
         ValueError: for cuts that this weight cannot have, or values that are not finite.
     """
-    planner = _Planner(config, Path(cache_dir) if cache_dir is not None else None)
+    planner = _Planner(config, located(cache_dir) if cache_dir is not None else None)
     return planner.layer(weight, name, [int(cut) for cut in np.asarray(cuts)], None)
 
 

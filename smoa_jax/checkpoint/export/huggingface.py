@@ -40,6 +40,7 @@ from smoa_jax.checkpoint.huggingface.safetensors_files import (
 from smoa_jax.checkpoint.names import TensorSlot, is_unused
 from smoa_jax.checks import require
 from smoa_jax.models.config import DecoderConfig
+from smoa_jax.storage import located
 
 
 def export_huggingface(
@@ -144,7 +145,7 @@ def _export(
     overwrite: bool = False,
     stored: TensorReader | None = None,
 ) -> Path:
-    target = Path(directory).expanduser()
+    target = located(directory)
     require(max_shard_bytes >= 1, f"max_shard_bytes {max_shard_bytes}", "at least 1")
     whole = _open_whole(hf_config, multimodal_source)
     if whole is not None:

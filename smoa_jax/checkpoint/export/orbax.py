@@ -33,6 +33,7 @@ from smoa_jax.checkpoint.directories import replaced_directory
 from smoa_jax.checkpoint.export.model_files import TokenizerWriter, check_params, plan_files
 from smoa_jax.checkpoint.huggingface.config import text_fields
 from smoa_jax.models.config import DecoderConfig
+from smoa_jax.storage import located
 
 #: The Orbax checkpoint inside an exported directory.
 PARAMS_DIRECTORY = "params"
@@ -80,7 +81,7 @@ def export_orbax(
         ValueError: for params that aren't those of ``config``, or a bad argument.
         CheckpointError: if the directory is occupied.
     """
-    target = Path(directory).expanduser()
+    target = located(directory)
     files = plan_files(
         config,
         dtype,

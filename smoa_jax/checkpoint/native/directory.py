@@ -41,6 +41,7 @@ from smoa_jax.checkpoint.native.leaves import (
     check_leaves,
     restore_adapter,
 )
+from smoa_jax.storage import located
 
 TENSORS_FILE = "adapter.safetensors"
 ADAPTER_FILE = "adapter.json"
@@ -128,7 +129,7 @@ def save_adapter(
         "sha256": hashlib.sha256(content).hexdigest(),
         **({"facts": dict(facts)} if facts else {}),
     }
-    target = Path(directory).expanduser()
+    target = located(directory)
     with replaced_directory(
         target, marker=ADAPTER_FILE, what="an adapter", overwrite=overwrite
     ) as draft:
@@ -170,7 +171,7 @@ def load_adapter(
     Raises:
         CheckpointError: for another base, or for a directory that is damaged or incomplete.
     """
-    source = Path(directory).expanduser()
+    source = located(directory)
     description, tensors = _read(source, base_fingerprint, force=force)
     leaves = {name: jnp.asarray(value) for name, value in tensors.items()}
     with as_checkpoint_error(source):
@@ -196,7 +197,7 @@ def open_adapter(
     Raises:
         CheckpointError: as ``load_adapter``.
     """
-    source = Path(directory).expanduser()
+    source = located(directory)
     description, leaves = _read(source, base_fingerprint, force=False)
     with as_checkpoint_error(source):
         return attach_leaves(base_params, description.config, leaves), description.config
@@ -225,8 +226,9 @@ def read_adapter(directory: str | Path) -> AdapterDescription:
     Raises:
         CheckpointError: if the directory is none of ours, or its format is another.
     """
-    put_back(Path(directory))
-    path = Path(directory).expanduser() / ADAPTER_FILE
+    source = located(directory)
+    put_back(source)
+    path = source / ADAPTER_FILE
     require(
         path.is_file(),
         f"a directory without {ADAPTER_FILE}",

@@ -46,6 +46,7 @@ from smoa_jax.checkpoint.peft.names import (
     is_part_of_more,
 )
 from smoa_jax.checks import require
+from smoa_jax.storage import located
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def export_peft(
     ]
     kind = "hira" if config.modulation == "weight" else "lora"
     fields = _config_fields(kind, config, modules, _targets(params, modules, hf_module_name))
-    target = Path(directory).expanduser()
+    target = located(directory)
     with replaced_directory(
         target, marker=PEFT_CONFIG_FILE, what="a PEFT adapter", overwrite=overwrite
     ) as draft:

@@ -48,6 +48,7 @@ from smoa_jax.checkpoint.peft.names import (
     parse_factor,
     plain_module_name,
 )
+from smoa_jax.storage import local_copy
 
 _PICKLE = "adapter_model.bin"
 _WEIGHT_SUFFIXES = (".base_layer.weight", ".weight")
@@ -112,7 +113,7 @@ def import_peft(
         CheckpointError: for a pickle, for anything but plain LoRA or HiRA on linear layers, or for
             an adapter that doesn't fit the base.
     """
-    source = Path(directory).expanduser()
+    source = local_copy(directory)
     if not source.exists() and isinstance(directory, str) and is_hub_name(directory):
         source = download(directory, weights=True)
     settings = read_peft_config(source)
