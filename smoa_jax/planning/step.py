@@ -28,6 +28,7 @@ from smoa_jax.sharding.rules import check_heads
 from smoa_jax.training.config import RunConfig
 from smoa_jax.training.model import adapter_config, make_decoder
 from smoa_jax.training.optimizer import make_optimizer
+from smoa_jax.training.labels import as_slices
 from smoa_jax.training.state import abstract_state, jitted_train_step
 from smoa_jax.training.step import State
 
@@ -116,6 +117,8 @@ def build_step(config: RunConfig, devices: list[Any], base: AbstractBase) -> Abs
     model = make_decoder(config, base, mesh)
     optimizer = make_optimizer(config, max(config.train.steps, 1))
     state, frozen = abstract_state(config, base.params, mesh, optimizer)
+    if config.adapter.partition == "aligned_blocks":
+        state, frozen = as_slices(state), as_slices(frozen)
     shape = config.train.batch_size, config.data.max_length
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
     batch = {

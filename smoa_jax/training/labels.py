@@ -101,13 +101,11 @@ def relabelled(
 
 def as_slices(tree: Any) -> Any:
     """A tree of any values whose blocks are slices, as those of a run of aligned blocks are."""
-    return jax.tree.map(
-        lambda node: (
-            dataclasses.replace(node, contiguous=True) if isinstance(node, Blocks) else node
-        ),
-        tree,
-        is_leaf=is_modulation,
-    )
+
+    def visit(node: Any) -> Any:
+        return dataclasses.replace(node, contiguous=True) if isinstance(node, Blocks) else node
+
+    return jax.tree.map(visit, tree, is_leaf=is_modulation)
 
 
 def _rows(leaf: jax.Array, order: jax.Array) -> jax.Array:
