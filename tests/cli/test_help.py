@@ -69,6 +69,7 @@ FIRST = {
         *("details", "json"),
     ],
     "experiment": ["config", "model.path", "grid.learning_rates", "grid.seeds", "probe.pairs"],
+    "report": ["output"],
     "upload": ["directory", "name", "public", "message"],
 }
 
