@@ -66,6 +66,7 @@ _CAPTIONS = {
 }
 _MODULATED = {
     "spectral_blocks": "SMoA, spectral blocks",
+    "aligned_blocks": "SMoA, aligned blocks",
     "spectral_bands": "SMoA, spectral bands",
     "contiguous_blocks": "contiguous blocks",
     "random_blocks": "random blocks",
