@@ -9,11 +9,16 @@ none           none                                  LoRA
 none           contiguous_blocks                     MELoRA
 weight         none                                  HiRA
 weight         spectral_blocks (the default)         SMoA, 2605.21147
+weight         aligned_blocks                        SMoA, 2605.21147, restricted to orders
+                                                     that kernels share
 weight         spectral_bands                        SMoA, 2601.07507
 ============== ===================================== ==========================
 
-The remaining pairs (random blocks, weight-modulated contiguous blocks, spectral blocks without
-modulation) are the ablations; bands without modulation mean nothing and are refused.
+``aligned_blocks`` orders coordinates as ``spectral_blocks`` does, but once for all kernels that
+share them, so that a decoder can be relabelled until every block is a slice: the same step for
+less (``planning/aligned.py``). The remaining pairs (random blocks, weight-modulated contiguous
+blocks, spectral blocks without modulation) are the ablations; bands without modulation mean nothing
+and are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +33,12 @@ from smoa_jax.adapter.views import parse_view
 from smoa_jax.checks import require
 
 Partition: TypeAlias = Literal[
-    "spectral_blocks", "spectral_bands", "contiguous_blocks", "random_blocks", "none"
+    "spectral_blocks",
+    "aligned_blocks",
+    "spectral_bands",
+    "contiguous_blocks",
+    "random_blocks",
+    "none",
 ]
 ModulationKind: TypeAlias = Literal["weight", "none"]
 Scaling: TypeAlias = Literal["alpha/r", "alpha/sqrt(r)"]

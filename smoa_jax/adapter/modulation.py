@@ -22,12 +22,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from smoa_jax.adapter.diagonal import (
+    Division,
+    Span,
+    assembled,
+    block_of,
+    diagonal_blocks,
+    with_blocks,
+)
 from smoa_jax.adapter.factors import gather_spread, spread_factors
 from smoa_jax.adapter.placement import MatmulSharding, product_specs
 from smoa_jax.adapter.products import HIGHEST, contract, contract_leading, instantiate
@@ -112,20 +120,61 @@ def _product(
         return (contract(x, kernel.astype(x.dtype), -1, 0) + update).astype(x.dtype)
     inputs = (x,) if dropout_key is None else (x, dropped)
     if sharding is None:
-        return _weight_modulated(inputs, kernel, modulation).astype(x.dtype)
+        return _weight_modulated(inputs, kernel, modulation, Division()).astype(x.dtype)
     return _product_on_mesh(sharding, inputs, kernel, modulation)
 
 
 def _weight_modulated(
-    inputs: tuple[Float[Array, "... I"], ...], kernel: Float[Array, "I O"], modulation: Modulation
+    inputs: tuple[Float[Array, "... I"], ...],
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    division: Division,
 ) -> Float[Array, "... O"]:
     """``x W + x~ (W' - W)`` in float32; ``inputs`` are x and, where it differs, x~."""
     x, dropped = inputs[0], inputs[-1]
-    change = residual(kernel, modulation)
     if len(inputs) == 1 and x.dtype == jnp.float32:  # y = x W'
-        return contract(x, kernel.astype(jnp.float32) + change, -1, 0)
+        return contract(x, _adapted(kernel, modulation, division, x.dtype), -1, 0)
     frozen = contract(x, kernel.astype(x.dtype), -1, 0)
-    return frozen + contract(dropped, change.astype(x.dtype), -1, 0)
+    parts, axis = _parts(kernel, modulation, division), x.ndim - 1
+    products = [
+        contract(part.rows.of(dropped, axis), part.change().astype(x.dtype), -1, 0)
+        for part in parts
+    ]
+    columns = [part.columns for part in parts]
+    return frozen + assembled(products, columns, kernel.shape[1], axis)
+
+
+def _adapted(
+    kernel: Float[Array, "I O"], modulation: Modulation, division: Division, dtype: Any
+) -> Float[Array, "I O"]:
+    """W' in a dtype, added in float32 and rounded once."""
+    parts = _parts(kernel, modulation, division)
+    values = [(_f32(part.kernel) + part.change()).astype(dtype) for part in parts]
+    return with_blocks(kernel.astype(dtype), [(part.rows, part.columns) for part in parts], values)
+
+
+class _Part(NamedTuple):
+    """A part of W that the adapter changes, with the modulation of it."""
+
+    rows: Span
+    columns: Span
+    kernel: Float[Array, "I O"]
+    modulation: Modulation
+
+    def change(self) -> Float[Array, "I O"]:
+        """``W' - W`` there, in float32."""
+        return residual(self.kernel, self.modulation)
+
+
+def _parts(kernel: Float[Array, "I O"], modulation: Modulation, division: Division) -> list[_Part]:
+    """The diagonal blocks where they are slices; else all of W at once."""
+    blocks = diagonal_blocks(modulation, division)
+    if blocks is None:
+        return [_Part(Span(0, kernel.shape[0]), Span(0, kernel.shape[1]), kernel, modulation)]
+    return [
+        _Part(rows, columns, columns.of(rows.of(kernel, 0), 1), block_of(modulation, rows, columns))
+        for rows, columns in blocks
+    ]
 
 
 def _product_forward(sharding, x, kernel, modulation, dropout_key):
@@ -146,8 +195,10 @@ def _product_backward(sharding, saved, cotangent):
         dx = _joined(paths, dropout_key, modulation, dy.dtype) if x_perturbed else None
     else:
         dx = _input_gradient(kernel, modulation, dropout_key, dy) if x_perturbed else None
-        gradients = _factor_gradients if modulation.weight_modulated else _low_rank_gradients
-        da, db = gradients(dropped, kernel, modulation, dy)
+        if modulation.weight_modulated:
+            da, db = _factor_gradients(dropped, kernel, modulation, dy, Division())
+        else:
+            da, db = _low_rank_gradients(dropped, modulation, dy)
     dkernel = None
     if kernel_perturbed:
         dkernel = _kernel_gradient(x, dropped, kernel, modulation, dy)
@@ -174,7 +225,7 @@ def _input_gradient(
         paths = (contract(dy, kernel.astype(dtype), -1, 1), path)
     else:
         num_paths = 1 if dropout_key is None else 2
-        paths = _weight_modulated_paths(kernel, modulation, dy, num_paths)
+        paths = _weight_modulated_paths(kernel, modulation, dy, num_paths, Division())
     return _joined(paths, dropout_key, modulation, dtype)
 
 
@@ -191,26 +242,30 @@ def _joined(
 
 
 def _weight_modulated_paths(
-    kernel: Float[Array, "I O"], modulation: Modulation, dy: Float[Array, "... O"], num_paths: int
+    kernel: Float[Array, "I O"],
+    modulation: Modulation,
+    dy: Float[Array, "... O"],
+    num_paths: int,
+    division: Division,
 ) -> tuple[Float[Array, "... I"], ...]:
     """Of dx in float32: none, ``(dy W'^T,)``, or ``(dy W^T, dy (W' - W)^T)``."""
     if not num_paths:
         return ()
-    change, dtype = residual(kernel, modulation), dy.dtype
+    dtype = dy.dtype
     if num_paths == 1:
-        weight = (kernel.astype(jnp.float32) + change).astype(dtype)
-        return (contract(dy, weight, -1, 1),)
-    return contract(dy, kernel.astype(dtype), -1, 1), contract(dy, change.astype(dtype), -1, 1)
+        return (contract(dy, _adapted(kernel, modulation, division, dtype), -1, 1),)
+    parts, axis = _parts(kernel, modulation, division), dy.ndim - 1
+    products = [
+        contract(part.columns.of(dy, axis), part.change().astype(dtype), -1, 1) for part in parts
+    ]
+    path = assembled(products, [part.rows for part in parts], kernel.shape[0], axis)
+    return contract(dy, kernel.astype(dtype), -1, 1), path
 
 
 def _low_rank_gradients(
-    dropped: Float[Array, "... I"],
-    kernel: Float[Array, "I O"],
-    modulation: Modulation,
-    dy: Float[Array, "... O"],
+    dropped: Float[Array, "... I"], modulation: Modulation, dy: Float[Array, "... O"]
 ) -> tuple[Float[Array, "I R"], Float[Array, "O R"]]:
     """``dA = s x~^T (dy B)``, ``dB = s dy^T (x~ A)``: nothing weight-sized is formed."""
-    del kernel
     a, b = spread_factors(modulation)
     scale, dtype = _f32(modulation.scale), dropped.dtype
     da = scale * contract_leading(dropped, contract(dy, b.astype(dtype), -1, 0).astype(dtype))
@@ -227,16 +282,35 @@ def _factor_gradients(
     kernel: Float[Array, "I O"],
     modulation: Modulation,
     dy: Float[Array, "... O"],
+    division: Division,
 ) -> tuple[Float[Array, "*M I R"], Float[Array, "*M O R"]]:
     """``P_m = s G_m * (x~^T dy)``, ``dA_m = P_m B_m``, ``dB_m = P_m^T A_m``."""
-    gradient = contract_leading(dropped, dy)  # (I, O) float32, of this layer alone
+    parts, axis = _parts(kernel, modulation, division), dy.ndim - 1
+    gradients = [
+        _part_gradients(
+            part, contract_leading(part.rows.of(dropped, axis), part.columns.of(dy, axis))
+        )
+        for part in parts
+    ]
+    das, dbs = zip(*gradients, strict=True)
+    axis = modulation.a.ndim - 2
+    return (
+        assembled(das, [part.rows for part in parts], kernel.shape[0], axis),
+        assembled(dbs, [part.columns for part in parts], kernel.shape[1], axis),
+    )
+
+
+def _part_gradients(
+    part: _Part, gradient: Float[Array, "I O"]
+) -> tuple[Float[Array, "*M I R"], Float[Array, "*M O R"]]:
+    """Those of a part of W, of the dense gradient there, which is this layer's alone."""
     das, dbs = [], []
-    for m in range(_num_terms(modulation)):
-        product = _anchor(kernel, modulation, m) * gradient
-        a, b = _factors(modulation, m)
+    for m in range(_num_terms(part.modulation)):
+        product = _anchor(part.kernel, part.modulation, m) * gradient
+        a, b = _factors(part.modulation, m)
         das.append(contract(product, b, 1, 0, HIGHEST))
         dbs.append(contract(product, a, 0, 0, HIGHEST))
-    if isinstance(modulation, Bands):
+    if isinstance(part.modulation, Bands):
         return jnp.stack(das), jnp.stack(dbs)
     return das[0], dbs[0]
 
@@ -280,7 +354,7 @@ def _product_on_mesh(
     dtype = inputs[0].dtype
 
     def local(inputs, kernel, modulation):
-        y = _weight_modulated(inputs, kernel, modulation)
+        y = _weight_modulated(inputs, kernel, modulation, _division(sharding))
         return _sum(y, sharding.inputs).astype(dtype)
 
     return jax.shard_map(
@@ -304,8 +378,9 @@ def _gradients_on_mesh(
     specs = product_specs(sharding, dropped.ndim, modulation)
 
     def local(dropped, kernel, modulation, dy):
-        paths = _weight_modulated_paths(kernel, modulation, dy, num_paths)
-        da, db = _factor_gradients(dropped, kernel, modulation, dy)
+        division = _division(sharding)
+        paths = _weight_modulated_paths(kernel, modulation, dy, num_paths, division)
+        da, db = _factor_gradients(dropped, kernel, modulation, dy, division)
         paths = tuple(_sum(path, sharding.outputs) for path in paths)
         da = _sum(da, sharding.batch + sharding.outputs)
         return paths, da, _sum(db, sharding.batch + sharding.inputs)
@@ -317,6 +392,16 @@ def _gradients_on_mesh(
         out_specs=((specs.x,) * num_paths, specs.modulation.a, specs.modulation.b),
         check_vma=False,
     )(dropped, kernel, modulation, dy)
+
+
+def _division(sharding: MatmulSharding) -> Division:
+    """Of the kernel's two axes, as a device within ``shard_map`` sees it."""
+    inputs, outputs = (
+        math.prod(sharding.mesh.shape[axis] for axis in axes)
+        for axes in (sharding.inputs, sharding.outputs)
+    )
+    axes = sharding.inputs + sharding.outputs
+    return Division(inputs, outputs, jax.lax.axis_index(axes) if axes else 0)
 
 
 def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -27,10 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
+from smoa_jax.adapter.diagonal import pieces
 from smoa_jax.adapter.factors import used_columns
 from smoa_jax.adapter.placement import placed_like
 from smoa_jax.adapter.planning.spectra import plan_spectra
-from smoa_jax.adapter.planning.stack import BandParts, BlockScores, Spectra, abstract_spectrum
+from smoa_jax.adapter.planning.stack import (
+    SPECTRAL_PARTITIONS,
+    BandParts,
+    BlockScores,
+    Spectra,
+    abstract_spectrum,
+)
 from smoa_jax.adapter.targets import Target, find_targets, lookup, replaced, walk
 from smoa_jax.adapter.types import (
     SMOA_KEY,
@@ -232,6 +239,7 @@ def _initial_layer(
         bound = jnp.asarray(1.0 / np.sqrt(sizes), jnp.float32)[in_block.astype(jnp.int32)][:, None]
         a = _uniform(key, (inputs, width), bound) * used_columns(ranks, width, in_block)
         b = jnp.zeros((outputs, width), jnp.float32)
+        common["contiguous"] = config.partition == "contiguous_blocks"
         return Blocks(a=a, b=b, in_block=in_block, out_block=out_block, **common)
     bound = jnp.asarray(1.0 / np.sqrt(inputs), jnp.float32)
     used = used_columns(ranks, width)[:, None, :]
@@ -251,23 +259,20 @@ def _block_ids(
 ) -> tuple[jax.Array, jax.Array]:
     """Block of every input and output coordinate: pieces of an order, back in kernel order."""
 
-    def pieces(size: int) -> jax.Array:
-        sizes = split_evenly(size, config.num_subspaces)
-        return jnp.asarray(np.repeat(np.arange(len(sizes)), sizes), jnp.float32)
-
+    in_order, out_order = (
+        jnp.asarray(pieces(size, config.num_subspaces)) for size in (inputs, outputs)
+    )
     if config.partition == "contiguous_blocks":
-        return pieces(inputs), pieces(outputs)
+        return in_order, out_order
     if config.partition == "random_blocks":
         for_inputs, for_outputs = jax.random.split(jax.random.fold_in(key, 1))
         return (
-            jax.random.permutation(for_inputs, pieces(inputs)),
-            jax.random.permutation(for_outputs, pieces(outputs)),
+            jax.random.permutation(for_inputs, in_order),
+            jax.random.permutation(for_outputs, out_order),
         )
-    orders = (jnp.argsort(jnp.asarray(s), stable=True) for s in (spectrum.inputs, spectrum.outputs))
-    in_order, out_order = orders
     return (
-        jnp.zeros(inputs, jnp.float32).at[in_order].set(pieces(inputs)),
-        jnp.zeros(outputs, jnp.float32).at[out_order].set(pieces(outputs)),
+        jnp.zeros_like(in_order).at[jnp.argsort(spectrum.inputs, stable=True)].set(in_order),
+        jnp.zeros_like(out_order).at[jnp.argsort(spectrum.outputs, stable=True)].set(out_order),
     )
 
 
@@ -276,7 +281,7 @@ def _block_ids(
 
 def _check_spectra(spectra: Spectra, targets: list[Target], config: SmoaConfig) -> None:
     """Refuse spectra of another partition or other params than the targets'."""
-    if config.partition not in ("spectral_blocks", "spectral_bands"):
+    if config.partition not in SPECTRAL_PARTITIONS:
         return
     for target in targets:
         got, expected = spectra.get(target.name), abstract_spectrum(target, config)

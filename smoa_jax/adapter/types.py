@@ -55,6 +55,8 @@ class Blocks:
     weight_modulated: bool = dataclasses.field(default=True, metadata=_STATIC)
     dropout: float = dataclasses.field(default=0.0, metadata=_STATIC)
     view: str = dataclasses.field(default="", metadata=_STATIC)
+    # Ids ascend in even pieces, so every block is a slice and its product takes no other.
+    contiguous: bool = dataclasses.field(default=False, metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass

@@ -27,6 +27,7 @@ from smoa_jax.checkpoint.base import BaseModel
 from smoa_jax.evaluation.scoring import generation_params
 from smoa_jax.experiments.config import ExperimentConfig, MethodConfig
 from smoa_jax.models.decoder import Decoder
+from smoa_jax.models.symmetry import shared_axes
 from smoa_jax.training.model import adapter_config, spectra_cache
 from smoa_jax.training.optimizer import make_optimizer
 from smoa_jax.training.step import State, initial_state, make_train_step
@@ -152,7 +153,12 @@ class Maker:
         with self._locked(key):
             if key not in self._spectra:
                 cache = spectra_cache(self._config.model.spectra_cache)
-                found = plan_spectra(self._base.params, adapter, cache_dir=cache)
+                found = plan_spectra(
+                    self._base.params,
+                    adapter,
+                    cache_dir=cache,
+                    shared_axes=shared_axes(self._base.config),
+                )
                 self._spectra[key] = jax.tree.map(jnp.asarray, found)
         return self._spectra[key]
 

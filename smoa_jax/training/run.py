@@ -55,7 +55,6 @@ from smoa_jax.training.optimizer import make_schedule, warmup_steps
 from smoa_jax.training.state import (
     Programs,
     resume_state,
-    saved_state,
     start_state,
     whole_adapter,
 )
@@ -324,7 +323,7 @@ class _Run:
         if between.finished:
             params, directory = self._programs.params(state), self._prepared.directory
             directory.write_adapter(
-                whole_adapter(params),
+                whole_adapter(self._programs.stored_params(state)),
                 self._config,
                 self._prepared.loaded.base.fingerprint,
                 facts_at(directory.path, step, between.eval_loss),
@@ -389,8 +388,7 @@ class _Run:
 
     def _save(self, step: int, state: State, position: dict[str, Any], eval_loss: float) -> None:
         metrics = {"eval_loss": eval_loss} if math.isfinite(eval_loss) else None
-        saved = saved_state(state, self._programs.frozen)
-        self._begun.checkpoints.save(step, saved, position, metrics)
+        self._begun.checkpoints.save(step, self._programs.saved(state), position, metrics)
         self._writer.write("save", step, {})
 
     def _accuracy(self, params: Params, which: str, step: int) -> float:

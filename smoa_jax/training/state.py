@@ -1,7 +1,8 @@
 """The state of a run, fresh or restored, each array born where it belongs.
 
-base params on their shards -> spectra -> ``apply_smoa`` -> ``partition`` -> optimizer state by
-``jit(init, out_shardings)``. Nothing is ever whole on one device that the rules divide.
+base params on their shards -> spectra -> ``apply_smoa`` (aligned blocks: relabelled) ->
+``partition`` -> optimizer state by ``jit(init, out_shardings)``. Nothing is ever whole on one
+device that the rules divide.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from smoa_jax.adapter.planning.spectra import Progress, Spectra, plan_spectra
 from smoa_jax.adapter.tree import apply_smoa, combine, partition
 from smoa_jax.adapter.types import Params, is_modulation, tensor_fields
 from smoa_jax.checkpoint.native.leaves import abstract_adapter, adapter_leaves, restore_adapter
+from smoa_jax.models.symmetry import shared_axes
 from smoa_jax.sharding.mesh import put_batch, replicated
 from smoa_jax.sharding.processes import fetch
 from smoa_jax.sharding.rules import param_shardings
 from smoa_jax.training.checkpoints import Restored, TrainingCheckpoints
 from smoa_jax.training.config import RunConfig
+from smoa_jax.training.labels import Labels, relabelled
 from smoa_jax.training.model import LoadedModel, spectra_cache
 from smoa_jax.training.optimizer import make_optimizer
 from smoa_jax.training.step import (
@@ -42,12 +45,14 @@ class Programs:
     Attributes:
         mesh: On which batches are laid out.
         frozen: The frozen half of ``partition``.
+        labels: Under which the state is, and is stored.
         train_step: (state, frozen, batch) -> (state, metrics); the state is donated.
         eval_step: (trainable, frozen, batch) -> (summed loss, target tokens).
     """
 
     mesh: Mesh
     frozen: Params
+    labels: Labels
     train_step: Any
     eval_step: Any
 
@@ -63,12 +68,24 @@ class Programs:
         """The adapted tree of a state."""
         return combine(state["trainable"], self.frozen)
 
+    def stored_params(self, state: State) -> Params:
+        """The adapted tree of a state, its adapter in the order of files."""
+        return self.labels.stored_adapter(self.params(state))
+
+    def saved(self, state: State) -> dict[str, Any]:
+        """What a checkpoint holds: the state, and the frozen leaves of the adapter."""
+        return {"run": self.labels.stored(state), "adapter": self.labels.adapter_leaves}
+
 
 def adapt(config: RunConfig, loaded: LoadedModel, progress: Progress | None = None) -> Params:
     """Plan the spectra and put the modulations beside their kernels, sharded like them."""
     cache = spectra_cache(config.model.spectra_cache)
     spectra: Spectra = plan_spectra(
-        loaded.base.params, config.adapter, cache_dir=cache, progress=progress
+        loaded.base.params,
+        config.adapter,
+        cache_dir=cache,
+        progress=progress,
+        shared_axes=shared_axes(loaded.base.config),
     )
     key = jax.random.key(config.train.seed)
     return apply_smoa(loaded.base.params, config.adapter, key, spectra)
@@ -77,12 +94,17 @@ def adapt(config: RunConfig, loaded: LoadedModel, progress: Progress | None = No
 def start_state(
     config: RunConfig, loaded: LoadedModel, steps: int, progress: Progress | None = None
 ) -> tuple[State, Programs]:
-    """A fresh run: plan, adapt, and make the optimizer's state where it belongs."""
-    trainable, frozen = partition(adapt(config, loaded, progress))
+    """A fresh run: plan, adapt, and make the optimizer's state where it belongs.
+
+    With aligned blocks the base's arrays are given up, since relabelled ones take their place.
+    """
     optimizer = make_optimizer(config, steps)
+    params = adapt(config, loaded, progress)
+    params, labels = relabelled(params, config.adapter, loaded.base.config, optimizer)
+    trainable, frozen = partition(params)
     shardings = state_shardings(trainable, optimizer, loaded.mesh)
     init = jax.jit(lambda tree: initial_state(tree, optimizer), out_shardings=shardings)
-    return init(trainable), _programs(config, loaded, optimizer, shardings, frozen)
+    return init(trainable), _programs(config, loaded, optimizer, shardings, frozen, labels)
 
 
 def resume_state(
@@ -121,13 +143,11 @@ def resume_state(
         cache_dir=spectra_cache(config.model.spectra_cache),
         progress=progress,
     )
-    frozen = partition(params)[1]
-    return state, _programs(config, loaded, optimizer, placed, frozen), restored
-
-
-def saved_state(state: State, frozen: Params) -> dict[str, Any]:
-    """What a checkpoint holds: the state, and the frozen leaves of the adapter."""
-    return {"run": state, "adapter": adapter_leaves(frozen)}
+    params, labels = relabelled(params, config.adapter, loaded.base.config, optimizer)
+    trainable, frozen = partition(params)
+    placed = state_shardings(trainable, optimizer, loaded.mesh)
+    state = labels.restored(state, trainable, placed)
+    return state, _programs(config, loaded, optimizer, placed, frozen, labels), restored
 
 
 def whole_adapter(params: Params) -> Params:
@@ -157,6 +177,7 @@ def _programs(
     optimizer: optax.GradientTransformation,
     shardings: dict[str, Any],
     frozen: Params,
+    labels: Labels,
 ) -> Programs:
     """The two steps, jitted; the state goes in and comes out in the same shardings."""
     train_step = make_train_step(
@@ -172,6 +193,7 @@ def _programs(
     return Programs(
         mesh=loaded.mesh,
         frozen=frozen,
+        labels=labels,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
         eval_step=jax.jit(eval_step, out_shardings=whole),
     )

@@ -27,6 +27,7 @@ from jax.core import Tracer
 from threadpoolctl import threadpool_limits
 
 from smoa_jax.adapter.config import SmoaConfig
+from smoa_jax.adapter.planning.aligned import AxisTable, align
 from smoa_jax.adapter.planning.cache import CacheEntry
 from smoa_jax.adapter.planning.decompose import layer_bands, layer_scores, traced_bands
 from smoa_jax.adapter.planning.exchange import (
@@ -63,6 +64,7 @@ def plan_spectra(
     progress: Progress | None = None,
     cuts: Mapping[str, Any] | None = None,
     targets: Sequence[Target] | None = None,
+    shared_axes: AxisTable | None = None,
 ) -> Spectra:
     """Decompose every kernel that ``config`` adapts; slow once, cacheable.
 
@@ -78,6 +80,8 @@ def plan_spectra(
         progress: Told after every layer, of this process's layers.
         cuts: Of bands that are known already, (L?, M-1) by dotted module path; None: by energy.
         targets: What ``find_targets`` finds in these params, where it has been asked already.
+        shared_axes: For ``aligned_blocks``, which coordinates kernels share; a decoder's is
+            ``smoa_jax.models.symmetry.shared_axes``. None: each kernel has its own.
 
     Returns:
         Spectra by dotted module path; ``{}`` when the partition needs none.
@@ -92,8 +96,10 @@ def plan_spectra(
     if any(isinstance(kernel, jax.ShapeDtypeStruct) for kernel in kernels):
         abstract = {target.name: abstract_spectrum(target, config) for target in targets}
         return {name: spectrum for name, spectrum in abstract.items() if spectrum is not None}
+    table = (shared_axes or {}) if config.partition == "aligned_blocks" else {}
     if any(isinstance(kernel, Tracer) for kernel in kernels):
-        return {t.name: _traced(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+        traced = {t.name: _traced(t, k, config) for t, k in zip(targets, kernels, strict=True)}
+        return align(traced, base_params, targets, table) if table else traced
     jobs = [
         _Job(target, kernel, layer)
         for target, kernel in zip(targets, kernels, strict=True)
@@ -112,7 +118,8 @@ def plan_spectra(
         owner = number % jax.process_count()
         result = share_result(own.pop(number, None), like, owner)
         stacks[job.target.name].put(job.layer, result)
-    return {name: stack.spectrum() for name, stack in stacks.items()}
+    spectra = {name: stack.spectrum() for name, stack in stacks.items()}
+    return align(spectra, base_params, targets, table) if table else spectra
 
 
 def check_bands(stored_norms: np.ndarray, parts: BandParts, path: str) -> None:
@@ -264,9 +271,9 @@ class _Planner:
         """
         if self._cache_dir is None:
             return []
-        kind: tuple[Any, ...] = (self._config.partition,)
-        if not self._config.has_blocks:  # scores serve any number of blocks, bands do not
-            kind = (*kind, self._config.num_subspaces)
+        kind: tuple[Any, ...] = ("spectral_blocks",)
+        if not self._config.has_blocks:  # scores serve all blocks, in any number; bands do not
+            kind = (self._config.partition, self._config.num_subspaces)
         kinds = [kind] if cuts is None else [kind, (*kind, *cuts)]
         matrix = np.asarray(weight)
         like = layer_structs(matrix.shape, matrix.dtype, self._config)

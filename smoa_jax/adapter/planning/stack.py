@@ -39,7 +39,7 @@ class BandParts:
 
 
 #: Partitions that follow a kernel's spectrum.
-SPECTRAL_PARTITIONS = ("spectral_blocks", "spectral_bands")
+SPECTRAL_PARTITIONS = ("spectral_blocks", "aligned_blocks", "spectral_bands")
 Spectrum: TypeAlias = BlockScores | BandParts
 #: Dotted module path -> spectrum; empty for partitions that need none.
 Spectra: TypeAlias = dict[str, Spectrum]
