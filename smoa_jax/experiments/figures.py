@@ -52,6 +52,8 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _draw_losses(axes: Any, experiment: Experiment) -> None:
+    from matplotlib.ticker import LogLocator
+
     lowest = np.inf
     for index, method in enumerate(experiment.methods):
         curves = [np.asarray(row["losses"], float) for row in method.judged]
@@ -66,8 +68,9 @@ def _draw_losses(axes: Any, experiment: Experiment) -> None:
     axes.set_ylabel(f"training loss, mean of {_WINDOW} steps")
     if lowest > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     _legend(axes)
 
 

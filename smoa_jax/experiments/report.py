@@ -24,6 +24,7 @@ from smoa_jax.experiments.compare import (
     experiments_of,
     groups_of,
     rate_scores,
+    rate_texts,
 )
 from smoa_jax.experiments.figures import figures_of
 from smoa_jax.experiments.ledger import read_ledger
@@ -139,6 +140,10 @@ def blocks_of(experiment: Experiment, name: str) -> Iterator[Block]:
         yield from _notes(alone)
     yield Heading("Learning rates", 3)
     yield Table(_rates(experiment.methods))
+    if experiment.base is not None and "text_loss" in experiment.base["metrics"]:
+        before = experiment.base["metrics"]["text_loss"]
+        yield Paragraph("What unrelated text loses by each rate: the change of its loss.")
+        yield Table(_texts(experiment.methods, before))
     svg, png = figures_of(experiment, "svg"), figures_of(experiment, "png")
     for kind, caption in _CAPTIONS.items():
         yield Figure(f"{name}-{kind}", caption, svg[kind], png[kind])
@@ -254,6 +259,16 @@ def _rates(methods: Sequence[MethodResult]) -> list[list[str]]:
         found = scores[method.name]
         cells = [_percent(found[rate]) if rate in found else "" for rate in rates]
         rows.append([method.name, *cells, "inside" if method.inside else "at an end"])
+    return rows
+
+
+def _texts(methods: Sequence[MethodResult], before: float) -> list[list[str]]:
+    losses = {method.name: rate_texts(method) for method in methods}
+    rates = sorted({rate for found in losses.values() for rate in found})
+    rows = [["text loss by rate, change", *(f"{rate:g}" for rate in rates)]]
+    for name, found in losses.items():
+        cells = (f"{found[rate] - before:+.2f}" if rate in found else "" for rate in rates)
+        rows.append([name, *cells])
     return rows
 
 

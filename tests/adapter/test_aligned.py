@@ -20,7 +20,9 @@ TABLE = {("up", "kernel"): (STREAM, INNER), ("out", "kernel"): (INNER, STREAM)}
 def tree():
     keys = jax.random.split(jax.random.key(0), 2)
     return {
-        "up": {"kernel": jax.random.normal(keys[0], (3, 10, 12)) * jnp.arange(1, 11)[None, :, None]},
+        "up": {
+            "kernel": jax.random.normal(keys[0], (3, 10, 12)) * jnp.arange(1, 11)[None, :, None]
+        },
         "out": {"kernel": 40 * jax.random.normal(keys[1], (3, 12, 10))},
     }
 

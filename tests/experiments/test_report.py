@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from smoa_jax.cli import main
-from smoa_jax.experiments.compare import difference, experiments_of, groups_of, rate_scores
+from smoa_jax.experiments.compare import (
+    difference,
+    experiments_of,
+    groups_of,
+    rate_scores,
+    rate_texts,
+)
 from smoa_jax.experiments.report import as_html, as_markdown, blocks_of, write_report
 from smoa_jax.training.config import ModelConfig, RunConfig, TrainConfig
 from smoa_jax.training.directory import plain
@@ -104,6 +110,7 @@ def test_a_rate_is_chosen_by_the_seeds_that_tried_all_and_judged_by_others():
     assert (found["lora"].rate, found["lora"].inside) == (1e-3, False)
     assert found["smoa"].judged_by_choosers
     assert rate_scores(found["hira"]) == {1e-3: 0.1, 1e-2: 0.5, 1e-1: 0.0}
+    assert rate_texts(found["hira"]) == {1e-3: 2.0, 1e-2: 2.0, 1e-1: 2.0}  # of seed 0 alone
 
 
 def test_where_validation_rows_choose_every_seed_judges():
@@ -181,9 +188,7 @@ def test_both_pages_hold_the_same_numbers(tmp_path):
     assert "abacus" in page
     for text in (markdown, page):
         # smoa and wide have equal rank, and are nowhere in a table with the others.
-        tables = [
-            t for t in re.split(r"\n\n|</table>", text) if "wide" in t and "score by" not in t
-        ]
+        tables = [t for t in re.split(r"\n\n|</table>", text) if "wide" in t and "by rate" not in t]
         assert tables
         assert not any("hira" in table for table in tables)
 
