@@ -147,7 +147,7 @@ def measure(
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", default="4096x14336")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=32)

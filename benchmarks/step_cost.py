@@ -99,7 +99,7 @@ def batch_of(config: DecoderConfig, rows: int, length: int) -> dict[str, jax.Arr
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS))
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)

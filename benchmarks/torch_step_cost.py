@@ -73,7 +73,7 @@ def adapted(model: Any, method: str, rank: int) -> Any:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS))
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -121,7 +121,8 @@ def main() -> None:
         optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=cuda)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        times, loss = [], None
+        times: list[float] = []
+        loss: Any = None
         for number in range(options.rounds + 3):
             start = time.perf_counter()
             loss = model(input_ids=tokens, labels=tokens).loss

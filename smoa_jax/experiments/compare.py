@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from smoa_jax.experiments.runner import BASE, choosing_score, ranked_rates
 
 Row = dict[str, Any]
 #: Resamples behind an interval, and what it leaves out on each side.
-RESAMPLES, TAIL = 4000, 2.5
+RESAMPLES, TAIL = 20000, 2.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,10 +157,24 @@ def groups_of(methods: Sequence[MethodResult]) -> list[Group]:
 
 def rate_scores(method: MethodResult) -> dict[float, float]:
     """Mean score that chose the rate, by rate, ascending."""
+    return _by_rate(method, lambda metrics: choosing_score(metrics)[0])
+
+
+def rate_texts(method: MethodResult) -> dict[float, float]:
+    """Mean loss of unrelated text after those runs, by rate; {} if it wasn't measured."""
+    if any("text_loss" not in row["metrics"] for row in method.rows):
+        return {}
+    return _by_rate(method, lambda metrics: metrics["text_loss"])
+
+
+def _by_rate(
+    method: MethodResult, value: Callable[[dict[str, Any]], float | None]
+) -> dict[float, float]:
     found: dict[float, list[float]] = {}
     for row in method.rows:
         if row["chose_rate"]:
-            found.setdefault(row["learning_rate"], []).append(choosing_score(row["metrics"])[0])
+            one = value(row["metrics"])
+            found.setdefault(row["learning_rate"], []).append(np.nan if one is None else one)
     return {rate: float(np.mean(found[rate])) for rate in sorted(found)}
 
 
@@ -184,9 +198,9 @@ def difference(one: MethodResult, other: MethodResult, seed: int = 0) -> Differe
     gaps = np.stack(pairs)
     rng = np.random.default_rng(seed)
     count, questions = gaps.shape
-    means = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        seeds = rng.integers(count, size=(count, 1))
-        means[index] = gaps[seeds, rng.integers(questions, size=(count, questions))].mean()
+    # A gap is -1, 0 or 1, so questions drawn again are no more than how often each is drawn.
+    shares = np.stack([(gaps == value).mean(axis=1) for value in (-1, 0, 1)], axis=1)
+    drawn = rng.multinomial(questions, shares[rng.integers(count, size=(RESAMPLES, count))])
+    means = ((drawn[..., 2] - drawn[..., 0]) / questions).mean(axis=1)
     low, high = np.percentile(means, [TAIL, 100 - TAIL])
     return Difference(mean=float(gaps.mean()), low=float(low), high=float(high), seeds=count)

@@ -52,6 +52,8 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _draw_losses(axes: Any, experiment: Experiment) -> None:
+    from matplotlib.ticker import LogLocator
+
     lowest = np.inf
     for index, method in enumerate(experiment.methods):
         curves = [np.asarray(row["losses"], float) for row in method.judged]
@@ -66,6 +68,9 @@ def _draw_losses(axes: Any, experiment: Experiment) -> None:
     axes.set_ylabel(f"training loss, mean of {_WINDOW} steps")
     if lowest > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     _legend(axes)
 
 
@@ -88,8 +93,10 @@ def _draw_scores(axes: Any, experiment: Experiment) -> None:
     for index, method in enumerate(experiment.methods):
         place = index if side_by_side else method.trained
         scores = 100 * method.values("score")
-        axes.plot([place] * len(scores), scores, "o", ms=4, alpha=0.5, color=_look(index)["color"])
-        axes.plot([place], [scores.mean()], ls="", ms=9, label=method.name, **_look(index))
+        color = _look(index)["color"]
+        axes.plot([place] * len(scores), scores, "o", ms=5, alpha=0.5, mec="none", color=color)
+        mean = {"marker": "_", "ms": 18, "mew": 2, "ls": "", "color": color}
+        axes.plot([place], [scores.mean()], label=method.name, **mean)
     if side_by_side:
         names = [method.name for method in experiment.methods]
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")

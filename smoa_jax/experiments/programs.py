@@ -3,7 +3,7 @@
 What differs between runs of one method is data: the peak of the learning rate, the seed of dropout,
 the batch, the factors, and where a partition is drawn at random its block ids. So the project's own
 step is mapped over a leading axis of runs and compiled once for each structure of adapter; methods
-that differ in block ids alone (spectral, contiguous and random blocks) share one program too. The
+that differ in block ids alone (spectral and random blocks, say) share one program too. The
 base, and the bands of its spectrum, lie on the device once.
 """
 
@@ -148,8 +148,8 @@ class Maker:
             )
 
     def _planned(self, adapter: SmoaConfig) -> Spectra:
-        bands = 0 if adapter.has_blocks else adapter.num_subspaces
-        key = (adapter.partition, bands, repr(adapter.target_modules), repr(adapter.layers))
+        targets = (adapter.target_modules, adapter.exclude_modules, adapter.layers)
+        key = repr((adapter.partition, adapter.num_subspaces, *targets))
         with self._locked(key):
             if key not in self._spectra:
                 cache = spectra_cache(self._config.model.spectra_cache)

@@ -5,9 +5,9 @@ Both are made of the same blocks, so that they can't differ. The page needs noth
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import html
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from smoa_jax.experiments.compare import (
     experiments_of,
     groups_of,
     rate_scores,
+    rate_texts,
 )
 from smoa_jax.experiments.figures import figures_of
 from smoa_jax.experiments.ledger import read_ledger
@@ -66,6 +67,7 @@ _CAPTIONS = {
 }
 _MODULATED = {
     "spectral_blocks": "SMoA, spectral blocks",
+    "aligned_blocks": "SMoA, aligned blocks",
     "spectral_bands": "SMoA, spectral bands",
     "contiguous_blocks": "contiguous blocks",
     "random_blocks": "random blocks",
@@ -138,6 +140,10 @@ def blocks_of(experiment: Experiment, name: str) -> Iterator[Block]:
         yield from _notes(alone)
     yield Heading("Learning rates", 3)
     yield Table(_rates(experiment.methods))
+    if experiment.base is not None and "text_loss" in experiment.base["metrics"]:
+        before = experiment.base["metrics"]["text_loss"]
+        yield Paragraph("What unrelated text loses by each rate: the change of its loss.")
+        yield Table(_texts(experiment.methods, before))
     svg, png = figures_of(experiment, "svg"), figures_of(experiment, "png")
     for kind, caption in _CAPTIONS.items():
         yield Figure(f"{name}-{kind}", caption, svg[kind], png[kind])
@@ -256,6 +262,16 @@ def _rates(methods: Sequence[MethodResult]) -> list[list[str]]:
     return rows
 
 
+def _texts(methods: Sequence[MethodResult], before: float) -> list[list[str]]:
+    losses = {method.name: rate_texts(method) for method in methods}
+    rates = sorted({rate for found in losses.values() for rate in found})
+    rows = [["text loss by rate, change", *(f"{rate:g}" for rate in rates)]]
+    for name, found in losses.items():
+        cells = (f"{found[rate] - before:+.2f}" if rate in found else "" for rate in rates)
+        rows.append([name, *cells])
+    return rows
+
+
 def _equal(group: Group, *, short: bool = False) -> str:
     amount = f"{group.amount:,} trained parameters" if group.equal == "parameters" else ""
     words = amount or f"rank R = {group.amount}"
@@ -297,16 +313,16 @@ def as_markdown(blocks: Sequence[Block]) -> str:
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1f24; background: #fff;
-       max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; }
+       max-width: 88rem; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem }
 h3 { font-size: 1rem; margin-top: 1.6rem } p { max-width: 60rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; margin: .6rem 0 }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap;
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; margin: .6rem 0 }
+th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap;
          border-bottom: 1px solid #dfe3e8; font-variant-numeric: tabular-nums }
-th { border-bottom: 2px solid #9aa4b1; text-align: right }
-th:first-child, td:first-child { text-align: left }
+th { border-bottom: 2px solid #9aa4b1; white-space: normal; vertical-align: bottom }
+th:first-child, td:first-child { text-align: left; white-space: nowrap }
 tbody tr:hover { background: #f4f6f9 }
-figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto }
+figure { margin: 1.2rem 0 } figure img { width: 100%; max-width: 54rem; height: auto }
 figcaption { color: #525c69; font-size: 13px }
 """
 
@@ -329,7 +345,7 @@ def as_html(blocks: Sequence[Block]) -> str:
                 f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows
             )
             parts.append(
-                f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+                f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
                 f"<tbody>{body}</tbody></table></div>"
             )
     body = "\n".join(parts)
@@ -341,9 +357,6 @@ def as_html(blocks: Sequence[Block]) -> str:
 
 
 def _inline(figure: Figure) -> str:
-    """Its drawing without what only a file of its own needs, and with names of its own."""
-    text = figure.svg.decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'\b(id="|#)(?=[A-Za-z])', rf"\g<1>{figure.name}-", text)
-    # Colours look like references to names; these come back as they were.
-    return re.sub(rf"#{figure.name}-([0-9a-f]{{6}})\b", r"#\1", text)
+    """A picture of its own, so that names inside it meet those of no other."""
+    data = base64.b64encode(figure.svg).decode()
+    return f'<img alt="{html.escape(figure.caption)}" src="data:image/svg+xml;base64,{data}">'

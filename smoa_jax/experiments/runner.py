@@ -133,9 +133,10 @@ class _Experiment:
         total, left = (sum(map(len, found.values())) for found in (runs, wanted))
         self._tell(f"{total} runs, {total - left} of them in {self._ledger}")
         names = [name for name in runs if wanted[name] or grid.refine_rates]
+        # Before others compile: every run is scored by the same programs.
+        self._score_base(rows)
         with self._prepared(names) as prepared:
             self._compiling = prepared.values()
-            self._score_base(rows)
             ready: dict[str, Prepared] = {}
             for name, future in prepared.items():
                 with self._kept_going(name):

@@ -26,9 +26,9 @@ from smoa_jax.planning.flops import count_flops
 from smoa_jax.sharding.mesh import batch_sharding, check_batch, make_mesh
 from smoa_jax.sharding.rules import check_heads
 from smoa_jax.training.config import RunConfig
+from smoa_jax.training.labels import as_slices
 from smoa_jax.training.model import adapter_config, make_decoder
 from smoa_jax.training.optimizer import make_optimizer
-from smoa_jax.training.labels import as_slices
 from smoa_jax.training.state import abstract_state, jitted_train_step
 from smoa_jax.training.step import State
 

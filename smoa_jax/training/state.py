@@ -214,15 +214,6 @@ def jitted_train_step(
         chunk=config.train.loss_chunk,
         dropout=config.adapter.dropout > 0,
     )
-    eval_step = make_eval_step(loaded.model, chunk=config.train.loss_chunk)
-    whole = replicated(loaded.mesh)
-    return Programs(
-        mesh=loaded.mesh,
-        frozen=frozen,
-        labels=labels,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole)),
-        eval_step=jax.jit(eval_step, out_shardings=whole),
-    )
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 

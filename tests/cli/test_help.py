@@ -70,6 +70,7 @@ FIRST = {
     ],
     "experiment": ["config", "model.path", "grid.learning_rates", "grid.seeds", "probe.pairs"],
     "plan": ["config", "topology", "search", "remat", "json", "model.path", "train.batch_size"],
+    "report": ["output"],
     "upload": ["directory", "name", "public", "message"],
 }
 

@@ -35,7 +35,7 @@ def grid_config(base: Path, output: Path, **changes: Any) -> ExperimentConfig:
         learning_rates=(1e-2, 1e-1),
         seeds=(0,),
         refine_rates=1,
-        refine_seeds=(3,),
+        refine_seeds=(3, 5),
         runs_at_once=2,
     )
     sections: dict[str, Any] = {
