@@ -8,7 +8,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.modulation import residual
+from smoa_jax.adapter.residual import residual
 from smoa_jax.adapter.tree import apply_smoa
 from smoa_jax.models.attention import attend
 

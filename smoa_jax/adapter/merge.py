@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from smoa_jax.adapter.modulation import residual
+from smoa_jax.adapter.residual import residual
 from smoa_jax.adapter.targets import lookup, replaced
 from smoa_jax.adapter.tree import find_modulations
 from smoa_jax.adapter.types import SMOA_KEY, Modulation, Params

@@ -22,23 +22,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from smoa_jax.adapter.diagonal import (
-    Division,
-    Span,
-    assembled,
-    block_of,
-    diagonal_blocks,
-    with_blocks,
-)
+from smoa_jax.adapter.diagonal import Division, assembled
+from smoa_jax.adapter.dropout import dropout
 from smoa_jax.adapter.factors import gather_spread, spread_factors
 from smoa_jax.adapter.placement import MatmulSharding, product_specs
 from smoa_jax.adapter.products import HIGHEST, contract, contract_leading, instantiate
+from smoa_jax.adapter.residual import (
+    Part,
+    adapted_weight,
+    anchor,
+    f32,
+    factors_of,
+    low_rank,
+    num_terms,
+    parts_of,
+)
 from smoa_jax.adapter.types import Bands, Blocks, Modulation, tensor_fields
 from smoa_jax.adapter.views import parse_view
 from smoa_jax.checks import require
@@ -84,18 +88,6 @@ def modulated_matmul(
     return _product(sharding, x, kernel, modulation, dropout_key)
 
 
-def residual(kernel: Float[Array, "I O"], modulation: Modulation) -> Float[Array, "I O"]:
-    """``W' - W = s sum_m G_m * (A_m B_m^T)`` of one layer in float32, at the highest precision."""
-    if modulation.weight_modulated:
-        terms = (
-            _anchor(kernel, modulation, m) * _low_rank(modulation, m)
-            for m in range(_num_terms(modulation))
-        )
-        return functools.reduce(jnp.add, terms)
-    a, b = spread_factors(modulation)
-    return _f32(modulation.scale) * contract(a, b, 1, 1, HIGHEST)
-
-
 # --------------------------------------------------------------------------------- the product
 #
 # Letters: x (T, I) with T for all leading axes, W (I, O), A (I, R), B (O, R), y and dy (T, O);
@@ -111,11 +103,11 @@ def _product(
     dropout_key: Key[Array, ""] | None,
 ) -> Float[Array, "... O"]:
     """``y = x W + x~ (W' - W)``."""
-    dropped = _dropout(x, dropout_key, modulation.dropout)
+    dropped = dropout(x, dropout_key, modulation.dropout)
     if not modulation.weight_modulated:  # y = x W + s (x~ A) B^T
         a, b = spread_factors(modulation)
         hidden = contract(dropped, a.astype(x.dtype), -1, 0)
-        scaled = (hidden * _f32(modulation.scale)).astype(x.dtype)
+        scaled = (hidden * f32(modulation.scale)).astype(x.dtype)
         update = contract(scaled, b.astype(x.dtype), -1, 1)
         return (contract(x, kernel.astype(x.dtype), -1, 0) + update).astype(x.dtype)
     inputs = (x,) if dropout_key is None else (x, dropped)
@@ -133,48 +125,15 @@ def _weight_modulated(
     """``x W + x~ (W' - W)`` in float32; ``inputs`` are x and, where it differs, x~."""
     x, dropped = inputs[0], inputs[-1]
     if len(inputs) == 1 and x.dtype == jnp.float32:  # y = x W'
-        return contract(x, _adapted(kernel, modulation, division, x.dtype), -1, 0)
+        return contract(x, adapted_weight(kernel, modulation, division, x.dtype), -1, 0)
     frozen = contract(x, kernel.astype(x.dtype), -1, 0)
-    parts, axis = _parts(kernel, modulation, division), x.ndim - 1
+    parts, axis = parts_of(kernel, modulation, division), x.ndim - 1
     products = [
         contract(part.rows.of(dropped, axis), part.change().astype(x.dtype), -1, 0)
         for part in parts
     ]
     columns = [part.columns for part in parts]
     return frozen + assembled(products, columns, kernel.shape[1], axis)
-
-
-def _adapted(
-    kernel: Float[Array, "I O"], modulation: Modulation, division: Division, dtype: Any
-) -> Float[Array, "I O"]:
-    """W' in a dtype, added in float32 and rounded once."""
-    parts = _parts(kernel, modulation, division)
-    values = [(_f32(part.kernel) + part.change()).astype(dtype) for part in parts]
-    return with_blocks(kernel.astype(dtype), [(part.rows, part.columns) for part in parts], values)
-
-
-class _Part(NamedTuple):
-    """A part of W that the adapter changes, with the modulation of it."""
-
-    rows: Span
-    columns: Span
-    kernel: Float[Array, "I O"]
-    modulation: Modulation
-
-    def change(self) -> Float[Array, "I O"]:
-        """``W' - W`` there, in float32."""
-        return residual(self.kernel, self.modulation)
-
-
-def _parts(kernel: Float[Array, "I O"], modulation: Modulation, division: Division) -> list[_Part]:
-    """The diagonal blocks where they are slices; else all of W at once."""
-    blocks = diagonal_blocks(modulation, division)
-    if blocks is None:
-        return [_Part(Span(0, kernel.shape[0]), Span(0, kernel.shape[1]), kernel, modulation)]
-    return [
-        _Part(rows, columns, columns.of(rows.of(kernel, 0), 1), block_of(modulation, rows, columns))
-        for rows, columns in blocks
-    ]
 
 
 def _product_forward(sharding, x, kernel, modulation, dropout_key):
@@ -188,7 +147,7 @@ def _product_forward(sharding, x, kernel, modulation, dropout_key):
 def _product_backward(sharding, saved, cotangent):
     (x_perturbed, kernel_perturbed), (x, kernel, modulation, dropout_key) = saved
     dy = instantiate(cotangent)
-    dropped = _dropout(x, dropout_key, modulation.dropout)
+    dropped = dropout(x, dropout_key, modulation.dropout)
     if modulation.weight_modulated and sharding is not None:
         num_paths = 0 if not x_perturbed else 1 if dropout_key is None else 2
         paths, da, db = _gradients_on_mesh(sharding, dropped, kernel, modulation, dy, num_paths)
@@ -220,7 +179,7 @@ def _input_gradient(
     dtype = dy.dtype
     if not modulation.weight_modulated:  # dy (W' - W)^T = s (dy B) A^T
         a, b = spread_factors(modulation)
-        hidden = contract(dy, b.astype(dtype), -1, 0) * _f32(modulation.scale)
+        hidden = contract(dy, b.astype(dtype), -1, 0) * f32(modulation.scale)
         path = contract(hidden.astype(dtype), a.astype(dtype), -1, 1)
         paths = (contract(dy, kernel.astype(dtype), -1, 1), path)
     else:
@@ -237,7 +196,7 @@ def _joined(
 ) -> Float[Array, "... I"]:
     """dx of its one path, or of the frozen weight's and the adapter's."""
     if len(paths) > 1:
-        paths = (paths[0], _dropout(paths[1], dropout_key, modulation.dropout))
+        paths = (paths[0], dropout(paths[1], dropout_key, modulation.dropout))
     return functools.reduce(jnp.add, paths).astype(dtype)
 
 
@@ -253,8 +212,8 @@ def _weight_modulated_paths(
         return ()
     dtype = dy.dtype
     if num_paths == 1:
-        return (contract(dy, _adapted(kernel, modulation, division, dtype), -1, 1),)
-    parts, axis = _parts(kernel, modulation, division), dy.ndim - 1
+        return (contract(dy, adapted_weight(kernel, modulation, division, dtype), -1, 1),)
+    parts, axis = parts_of(kernel, modulation, division), dy.ndim - 1
     products = [
         contract(part.columns.of(dy, axis), part.change().astype(dtype), -1, 1) for part in parts
     ]
@@ -267,7 +226,7 @@ def _low_rank_gradients(
 ) -> tuple[Float[Array, "I R"], Float[Array, "O R"]]:
     """``dA = s x~^T (dy B)``, ``dB = s dy^T (x~ A)``: nothing weight-sized is formed."""
     a, b = spread_factors(modulation)
-    scale, dtype = _f32(modulation.scale), dropped.dtype
+    scale, dtype = f32(modulation.scale), dropped.dtype
     da = scale * contract_leading(dropped, contract(dy, b.astype(dtype), -1, 0).astype(dtype))
     db = scale * contract_leading(dy, contract(dropped, a.astype(dtype), -1, 0).astype(dtype))
     if isinstance(modulation, Blocks):
@@ -285,7 +244,7 @@ def _factor_gradients(
     division: Division,
 ) -> tuple[Float[Array, "*M I R"], Float[Array, "*M O R"]]:
     """``P_m = s G_m * (x~^T dy)``, ``dA_m = P_m B_m``, ``dB_m = P_m^T A_m``."""
-    parts, axis = _parts(kernel, modulation, division), dy.ndim - 1
+    parts, axis = parts_of(kernel, modulation, division), dy.ndim - 1
     gradients = [
         _part_gradients(
             part, contract_leading(part.rows.of(dropped, axis), part.columns.of(dy, axis))
@@ -301,13 +260,13 @@ def _factor_gradients(
 
 
 def _part_gradients(
-    part: _Part, gradient: Float[Array, "I O"]
+    part: Part, gradient: Float[Array, "I O"]
 ) -> tuple[Float[Array, "*M I R"], Float[Array, "*M O R"]]:
     """Those of a part of W, of the dense gradient there, which is this layer's alone."""
     das, dbs = [], []
-    for m in range(_num_terms(part.modulation)):
-        product = _anchor(part.kernel, part.modulation, m) * gradient
-        a, b = _factors(part.modulation, m)
+    for m in range(num_terms(part.modulation)):
+        product = anchor(part.kernel, part.modulation, m) * gradient
+        a, b = factors_of(part.modulation, m)
         das.append(contract(product, b, 1, 0, HIGHEST))
         dbs.append(contract(product, a, 0, 0, HIGHEST))
     if isinstance(part.modulation, Bands):
@@ -328,9 +287,9 @@ def _kernel_gradient(
     """
     gradient = contract_leading(x, dy)
     if modulation.weight_modulated:
-        last = _num_terms(modulation) - 1
+        last = num_terms(modulation) - 1
         ones = jnp.ones((), jnp.float32)
-        factor = _anchor(ones, modulation, last) * _low_rank(modulation, last)
+        factor = anchor(ones, modulation, last) * low_rank(modulation, last)
         path = gradient if dropped is x else contract_leading(dropped, dy)
         gradient = gradient + path * factor
     return gradient.astype(kernel.dtype)
@@ -406,68 +365,6 @@ def _division(sharding: MatmulSharding) -> Division:
 
 def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(value, axes) if axes else value
-
-
-# ------------------------------------------------------------------------- parts of the formula
-
-
-def _num_terms(modulation: Modulation) -> int:
-    """Dense terms of the sum over subspaces: blocks are one, since they do not overlap."""
-    return modulation.ranks.shape[-1] if isinstance(modulation, Bands) else 1
-
-
-def _factors(modulation: Modulation, m: int) -> tuple[jax.Array, jax.Array]:
-    if isinstance(modulation, Bands):
-        return modulation.a[m], modulation.b[m]
-    return modulation.a, modulation.b
-
-
-def _low_rank(modulation: Modulation, m: int) -> Float[Array, "I O"]:
-    """``A_m B_m^T``."""
-    a, b = _factors(modulation, m)
-    return contract(a, b, 1, 1, HIGHEST)
-
-
-def _anchor(
-    kernel: Float[Array, "I O"] | Float[Array, ""], modulation: Modulation, m: int
-) -> Float[Array, "I O"] | Float[Array, ""]:
-    """``s G_m`` in float32; for blocks all G_m at once, since at most one is not zero.
-
-    With the number 1 for the kernel: its derivative by the weight, the last band's of bands.
-    """
-    scale, weight = _f32(modulation.scale), _f32(kernel)
-    if isinstance(modulation, Blocks):
-        same = modulation.in_block[:, None] == modulation.out_block[None, :]
-        return jnp.where(same, scale * weight, 0.0)
-    if isinstance(modulation, Bands) and m < modulation.ranks.shape[-1] - 1:
-        return scale * _f32(modulation.bands[m])
-    if isinstance(modulation, Bands) and weight.ndim:
-        return scale * (weight - _f32(modulation.bands).sum(axis=0))
-    return scale * weight
-
-
-def _dropout(
-    x: Float[Array, "... I"], key: Key[Array, ""] | None, rate: float
-) -> Float[Array, "... I"]:
-    """x without about ``rate`` of its entries, the others scaled up to keep its mean.
-
-    Each entry is kept by a byte, four of them drawn in a word, since drawing is what dropout costs;
-    so rates are multiples of 1/256, from 1 to 255. Words run along the last axis but one, which no
-    mesh divides.
-    """
-    if key is None or rate == 0.0:
-        return x
-    dropped = min(max(1, round(256 * rate)), 255)
-    rows = x.reshape(-1, *x.shape[-2:]) if x.ndim > 1 else x.reshape(1, 1, -1)
-    batch, time, inputs = rows.shape
-    words = jax.random.bits(key, (batch, -(-time // 4), inputs), jnp.uint32)
-    drawn = jnp.concatenate([(words >> shift) & 255 for shift in (0, 8, 16, 24)], axis=1)
-    keep = (drawn[:, :time] >= dropped).reshape(x.shape)
-    return jnp.where(keep, x * (256 / (256 - dropped)), 0).astype(x.dtype)
-
-
-def _f32(value: Any) -> jax.Array:
-    return jnp.asarray(value, jnp.float32)
 
 
 def _is_primal(value: Any) -> bool:

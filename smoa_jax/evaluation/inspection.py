@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig
-from smoa_jax.adapter.modulation import residual
+from smoa_jax.adapter.residual import residual
 from smoa_jax.adapter.targets import Target, find_targets
 from smoa_jax.adapter.tree import count_target
 from smoa_jax.adapter.types import Modulation, Params

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import smoa_jax
 from smoa_jax import SmoaConfig
-from smoa_jax.adapter import modulation
+from smoa_jax.adapter.dropout import dropout
 from tests.adapter import oracle
 
 MEMBERS = {
@@ -665,7 +665,7 @@ def test_sharded_equals_unsharded(member, kernel_spec):
 @pytest.mark.parametrize("shape", [(37, 50, 41), (1851, 41), (3, 5, 123, 41)])
 def test_dropout_drops_its_share_everywhere_and_keeps_the_mean(rate, shape):
     share = min(max(1, round(256 * rate)), 255) / 256
-    kept = modulation._dropout(jnp.ones(shape), jax.random.key(5), rate)
+    kept = dropout(jnp.ones(shape), jax.random.key(5), rate)
     dropped = np.asarray(kept == 0).reshape(-1, shape[-2], shape[-1])
     count, spread = dropped.size, (share * (1 - share)) ** 0.5
     assert abs(dropped.mean() - share) < 4 * spread / count**0.5
@@ -678,9 +678,7 @@ def test_dropout_drops_its_share_everywhere_and_keeps_the_mean(rate, shape):
     near, far = dropped[:, : shape[-2] - quarter], dropped[:, quarter:]
     both = (near & far).mean()
     assert abs(both - share**2) < 5 * share * (1 - share**2) ** 0.5 / near.size**0.5
-    again = modulation._dropout(jnp.ones(shape), jax.random.key(5), rate)
+    again = dropout(jnp.ones(shape), jax.random.key(5), rate)
     assert jnp.array_equal(kept, again)
     if rate > 0.01:
-        assert not jnp.array_equal(
-            kept, modulation._dropout(jnp.ones(shape), jax.random.key(6), rate)
-        )
+        assert not jnp.array_equal(kept, dropout(jnp.ones(shape), jax.random.key(6), rate))

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import smoa_jax
-from smoa_jax.adapter.modulation import MatmulSharding
+from smoa_jax.adapter.placement import MatmulSharding
 
 BATCH, TIME, INPUTS, OUTPUTS = 8, 4, 48, 64
 
