@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smoa_jax.adapter.config import SmoaConfig, split_evenly
+from smoa_jax.adapter.diagonal import pieces
 from smoa_jax.adapter.factors import padding_is_zero
 from smoa_jax.adapter.placement import placed_like
 from smoa_jax.adapter.planning.spectra import Progress, check_bands, plan_spectra
@@ -227,14 +228,19 @@ def _check_values(target: Target, config: SmoaConfig, node: Modulation) -> None:
     )
     if isinstance(node, Blocks):
         for name, size in zip(("in_block", "out_block"), target.matrix_shape[-2:], strict=True):
-            sizes = split_evenly(size, config.num_subspaces)
-            pieces = np.repeat(np.arange(len(sizes), dtype=np.float32), sizes)
+            sizes, ids = split_evenly(size, config.num_subspaces), getattr(node, name)
             require(
-                _equal(jnp.sort(getattr(node, name), axis=-1), pieces),
+                _equal(jnp.sort(ids, axis=-1), pieces(size, config.num_subspaces)),
                 f"{name} of {target.name} that doesn't divide {size} coordinates in blocks of "
                 f"{listed(sizes)}",
                 "one block id for each",
                 "the adapter is damaged",
+            )
+            require(
+                not node.contiguous or _equal(ids, pieces(size, config.num_subspaces)),
+                f"{name} of {target.name} in another order than {config.partition}'s",
+                "ids that ascend",
+                "the adapter is damaged, or its config is another's",
             )
     for name in TRAINABLE_FIELDS:
         require(

@@ -28,6 +28,9 @@ CONFIGS = {
     "blocks_of_unequal_ranks_in_two_layers": SmoaConfig(
         rank=6, num_subspaces=3, ranks=[1, 2, 3], layers=[0, 2], target_modules=["query"]
     ),
+    "contiguous_blocks": SmoaConfig(
+        rank=4, partition="contiguous_blocks", target_modules=["query"]
+    ),
     "random_blocks": SmoaConfig(rank=4, partition="random_blocks", target_modules=["query"]),
     "melora": SmoaConfig.melora(4, 2, target_modules=["query"], alpha=8.0),
     "lora_in_one_layer": SmoaConfig.lora(3, layers=[1], target_modules=["query"], dropout=0.5),
@@ -217,6 +220,32 @@ def integer_factors(tensors):
     tensors["attention/query/b"] = tensors["attention/query/b"].astype(np.int32)
 
 
+def rewrite(directory, change):
+    """Other tensors in an adapter that says nothing of it."""
+    path = directory / "adapter.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    description = json.loads((directory / "adapter.json").read_text())
+    description["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (directory / "adapter.json").write_text(json.dumps(description))
+
+
+def test_contiguous_blocks_whose_ids_dont_ascend_are_refused(tmp_path):
+    def turn(tensors):
+        for name in ("in_block", "a"):
+            turned = tensors[f"attention/query/{name}"][:, ::-1]
+            tensors[f"attention/query/{name}"] = np.ascontiguousarray(turned)
+
+    rewrite(save(tmp_path / "random", "random_blocks"), turn)
+    load(tmp_path / "random")
+    directory = save(tmp_path / "contiguous", "contiguous_blocks")
+    load(directory)
+    rewrite(directory, turn)
+    with pytest.raises(CheckpointError, match="in another order than contiguous_blocks's"):
+        load(directory)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -230,13 +259,7 @@ def integer_factors(tensors):
 )
 def test_tensors_that_are_not_those_of_the_config_are_refused(tmp_path, change, message):
     directory = save(tmp_path / "adapter", "blocks_of_unequal_ranks_in_two_layers")
-    path = directory / "adapter.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    description = json.loads((directory / "adapter.json").read_text())
-    description["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (directory / "adapter.json").write_text(json.dumps(description))
+    rewrite(directory, change)
     with pytest.raises(CheckpointError, match=message) as raised:
         load(directory)
     assert "\n" not in str(raised.value)
