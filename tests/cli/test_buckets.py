@@ -119,7 +119,7 @@ def test_a_bucket_that_is_not_there_is_refused_before_any_weight_is_read(
     def no_weights(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("smoa_jax.training.run.load_model", no_weights)
+    monkeypatch.setattr("smoa_jax.training.prepare.load_model", no_weights)
     name = "s3://no-such-bucket/rows.jsonl"
     value = f"[{name}]" if option.endswith("files") else name
     line = refusal(capsys, ["train", "--config", place.config, option, value])

@@ -110,7 +110,7 @@ def test_an_output_directory_that_cannot_be_written_is_one_line(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", read_only)
-    monkeypatch.setattr("smoa_jax.training.run.load_model", no_weights)
+    monkeypatch.setattr("smoa_jax.training.prepare.load_model", no_weights)
     with pytest.raises(ValueError, match=r"run, which cannot be written \(.*[Rr]ead-only"):
         run(run_config(base_dir, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

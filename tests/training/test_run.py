@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from smoa_jax.checkpoint.base import load_base
+from smoa_jax.training import prepare as training_prepare
 from smoa_jax.training import run as training_run
 from smoa_jax.training.config import OptimizerConfig
 from smoa_jax.training.loop import Taken
@@ -41,13 +42,13 @@ class Watch:
 def bases(monkeypatch):
     """What the runs in a test loaded, as it lies on their mesh."""
     loaded = []
-    original = training_run.load_model
+    original = training_prepare.load_model
 
     def keep(config):
         loaded.append(original(config))
         return loaded[-1]
 
-    monkeypatch.setattr(training_run, "load_model", keep)
+    monkeypatch.setattr(training_prepare, "load_model", keep)
     return loaded
 
 
@@ -171,7 +172,7 @@ def test_accumulation_changes_nothing_but_memory(base_dir, tmp_path):
 
 
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(base_dir, tmp_path, monkeypatch):
-    watch, original = Watch(), training_run.load_model
+    watch, original = Watch(), training_prepare.load_model
 
     def poisoned(config):
         loaded = original(config)
@@ -179,7 +180,7 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(base_dir, tmp
         params["norm"] = {"scale": params["norm"]["scale"] * np.inf}
         return dataclasses.replace(loaded, base=dataclasses.replace(loaded.base, params=params))
 
-    monkeypatch.setattr(training_run, "load_model", poisoned)
+    monkeypatch.setattr(training_prepare, "load_model", poisoned)
     with pytest.raises(RunError, match="not finite"):
         run(run_config(base_dir, tmp_path / "run", train_max_skipped=1), on_step=watch)
     b = watch.state["trainable"]["layers"]["mlp"]["up_proj"]["smoa"].b
