@@ -1,4 +1,4 @@
-"""The command line, and the only user of the configuration parser.
+"""The command line; ``parsing.py`` has the configuration parser.
 
     smoa train     --config FILE [--section.key VALUE ...] [--resume | --overwrite]
     smoa evaluate  --adapter DIR [--data.eval_files FILES] [--section.key VALUE ...]
@@ -13,8 +13,7 @@
 
 ``python train.py`` is ``smoa train``. Bad input is one line on standard error and exit status 2; a
 run that was asked to stop and has saved exits with 75, one that another process has left alone with
-76, an aborted one with 130. Until a command is
-known, nothing heavy is imported.
+76, an aborted one with 130. Until a command is known, nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -32,7 +31,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoa_jax.checks import how_to_install, require
-from smoa_jax.commands.help import COMMANDS, asked_for, command_page, first_page, options_of
+from smoa_jax.commands.help import COMMANDS, first_page
+from smoa_jax.parsing import (
+    config_parser,
+    function_parser,
+    instantiated,
+    parse,
+    plain_parser,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -118,121 +124,20 @@ def _quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-# -------------------------------------------------------------------------------------- parsing
-
-
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    from jsonargparse import ArgumentError
-
-    if page := asked_for(arguments):
-        print(command_page(parser, page))
-        raise SystemExit(0)
-    _check_model_option(parser, arguments)
-    try:
-        return parser.parse_args(list(arguments))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"got a --config file that is not text ({error}); expected YAML in UTF-8"
-        ) from error
-    except ArgumentError as error:
-        message = _reworded(" ".join(str(error).split()))
-        raise ValueError(f"{_explained(parser, message)}; see {parser.prog} --help all") from error
-
-
-def _check_model_option(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Refuses ``--model`` where the option is ``--model.path``, and the other way round.
-
-    The parser would take the first for a file of the section model, the second for a part of it.
-    """
-    known = {action.dest for action in parser._actions}
-    wanted, other = ("model.path", "model") if "model.path" in known else ("model", "model.path")
-    given = {word.split("=")[0] for word in arguments}
-    require(
-        f"--{other}" not in given,
-        f"--{other}, which {parser.prog} does not have",
-        f"--{wanted}",
-        f"did you mean --{wanted}?",
-    )
-
-
-def _reworded(message: str) -> str:
-    """The parser's message in the words of our own: got, expected."""
-    wrong = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', message)
-    if wrong:
-        key, kind, value = wrong.groups()
-        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
-        if choices:
-            kind = "one of " + choices.group(1).replace("'", "")
-        elif kind in ("<class 'list'>", "<class 'tuple'>"):
-            kind = f"a list, such as '[{value}]'"
-        else:
-            kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
-        return f"got {key}={value}; expected {kind}"
-    lost = re.fullmatch(r'Parser key "config": .*does not exist.*?:? ?([^\s\']+)\'?', message)
-    if lost:
-        return f"got --config {lost.group(1)}, which does not exist; expected a YAML file of a run"
-    empty = re.fullmatch(r"Unexpected config:? ?(.*)", message)
-    if empty:
-        return (
-            f"got a --config file that holds {empty.group(1)[:60]!r}; expected YAML with the "
-            "sections of a run (model, train, data, ...), as in configs/files.yaml"
-        )
-    return message
-
-
-def _explained(parser: ArgumentParser, message: str) -> str:
-    """Of an option that a command doesn't have: whose it is, or what may have been meant."""
-    words = message.replace("'", " ").split() if "nrecognized" in message else []
-    unknown = [word[2:].split("=")[0] for word in words if word.startswith("--")]
-    if not unknown:
-        return message
-    name, command = unknown[0], parser.prog.split()[-1]
-    near = _near(name, options_of(parser))
-    hint = f" (did you mean --{near}?)" if near else ""
-    owners = [
-        f"smoa {other}"
-        for other in _TABLE
-        if other != command and name in options_of(command_parser(other))
-    ]
-    if not owners:
-        return f"{message}{hint}"
-    return f"got --{name}, an option of {', '.join(owners)}; expected one of smoa {command}'s{hint}"
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    """The option most like ``name``, as a whole or by its last part; empty if none is."""
-    if whole := difflib.get_close_matches(name, known, n=1):
-        return whole[0]
-    lasts = {option.rpartition(".")[2]: option for option in known}
-    found = difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)
-    return lasts[found[0]] if found else ""
+    return parse(parser, arguments, command_parser)
 
 
 def _run_parser(command: str) -> ArgumentParser:
     from smoa_jax.training.config import RunConfig
 
-    return _config_parser(command, RunConfig, "YAML file of a run")
-
-
-def _config_parser(command: str, kind: type, text: str) -> ArgumentParser:
-    """A parser whose options are the fields of a configuration, section by section."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help=text)
-    parser.add_class_arguments(kind, None)
-    return parser
+    return config_parser(command, RunConfig, "YAML file of a run")
 
 
 def _run_config(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
     from smoa_jax.training.config import RunConfig
 
-    return _config(parser, parsed, RunConfig)
-
-
-def _config(parser: ArgumentParser, parsed: Namespace, kind: type) -> Any:
-    made = parser.instantiate(parsed)
-    return kind(**{name: made[name] for name in kind.__dataclass_fields__})
+    return instantiated(parser, parsed, RunConfig)
 
 
 def _train_parser() -> ArgumentParser:
@@ -331,7 +236,7 @@ def _said_by_adapter(words: Sequence[str]) -> dict[str, Any]:
 def _experiment_parser() -> ArgumentParser:
     from smoa_jax.experiments.config import ExperimentConfig
 
-    return _config_parser("experiment", ExperimentConfig, "YAML file of an experiment")
+    return config_parser("experiment", ExperimentConfig, "YAML file of an experiment")
 
 
 def _experiment(arguments: list[str]) -> int:
@@ -340,15 +245,13 @@ def _experiment(arguments: list[str]) -> int:
     from smoa_jax.sharding.memory import exhaustion_explained
 
     parser = _experiment_parser()
-    config = _config(parser, _parse(parser, arguments), ExperimentConfig)
+    config = instantiated(parser, _parse(parser, arguments), ExperimentConfig)
     with exhaustion_explained("lower grid.runs_at_once or evaluation.batch_size"):
         return experiment(config)
 
 
 def _report_parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="smoa report", exit_on_error=False, allow_abbrev=False)
+    parser = plain_parser("report")
     parser.add_argument("ledgers", nargs="+", metavar="LEDGER", help="Ledgers of experiments")
     parser.add_argument(
         "--output",
@@ -405,7 +308,7 @@ def _plan(arguments: list[str]) -> int:
 def _generate_parser() -> ArgumentParser:
     from smoa_jax.commands.generate import generate
 
-    parser = _function_parser("generate", generate, skip={"prompt", "chat"})
+    parser = function_parser("generate", generate, skip={"prompt", "chat"})
     parser.add_argument(
         "--prompt",
         action="append",
@@ -447,7 +350,7 @@ def _lines(path: str) -> list[str]:
 def _call_parser(command: str) -> ArgumentParser:
     """Of a command that is a function, with its flags as such."""
     flags = _FUNCTIONS[command][1]
-    parser = _function_parser(command, _function(command), skip=set(flags))
+    parser = function_parser(command, _function(command), skip=set(flags))
     for name, text in flags.items():
         parser.add_argument(f"--{name.removeprefix('as_')}", action="store_true", help=text)
     return parser
@@ -463,17 +366,6 @@ def _call(command: str, arguments: list[str]) -> int:
 def _function(command: str) -> Callable[..., int]:
     name = _FUNCTIONS[command][0]
     return getattr(import_module(f"smoa_jax.commands.{name}"), name)
-
-
-def _function_parser(
-    command: str, function: Callable[..., int], *, skip: set[str | int]
-) -> ArgumentParser:
-    """A parser whose options are the keyword arguments of a command, but those in ``skip``."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"smoa {command}", exit_on_error=False, allow_abbrev=False)
-    parser.add_function_arguments(function, as_positional=False, skip=skip)
-    return parser
 
 
 def _texts(word: str) -> list[str]:

@@ -42,8 +42,7 @@ examples:
   smoa export --model MODEL --adapter runs/mine --output runs/mine/merged
 
 smoa COMMAND --help lists its first options; with --help all, every one.
-exit status: 0 done, 1 planned and too large, 2 refused, 75 saved and to be
-resumed, 130 aborted
+exit status: 0 done, 1 too large, 2 refused, 75 resume, 76 lost, 130 aborted
 documentation: README.md, and configs/README.md for ready-made configurations
 """
 
@@ -193,7 +192,7 @@ _WIDTH, _COLUMN = 80, 30
 
 def first_page() -> str:
     """What ``smoa --help`` prints."""
-    lines = [f"  smoa {name:10s} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  smoa {name:11s}{text}" for name, text in COMMANDS.items()]
     return _FIRST_PAGE.format(commands="\n".join(lines))
 
 

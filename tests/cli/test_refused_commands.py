@@ -200,7 +200,7 @@ def test_an_upload_without_a_token_says_so_before_anything_else(trained, capsys,
         (["generate", "--max_new_token", "3"], ["did you mean --max_new_tokens?"]),
         (
             ["generate", "--train.steps", "3"],
-            ["got --train.steps, an option of smoa train; expected one of smoa generate's; see"],
+            ["got --train.steps, an option of smoa train, smoa experiment; expected one of smoa"],
         ),
         (
             ["train", "--max_new_tokens=3"],
