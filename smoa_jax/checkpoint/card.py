@@ -18,6 +18,7 @@ _METHODS = {
     ("none", "contiguous_blocks"): "MELoRA (arXiv 2402.17263)",
     ("weight", "none"): "HiRA (ICLR 2025)",
     ("weight", "spectral_blocks"): "SMoA, spectral blocks (arXiv 2605.21147)",
+    ("weight", "aligned_blocks"): "SMoA, aligned blocks (after arXiv 2605.21147)",
     ("weight", "spectral_bands"): "SMoA, spectral bands (arXiv 2601.07507)",
 }
 

@@ -81,8 +81,8 @@ def inspect(
         layers: Layers to show, or to plan for: 3 or 0,1; without it: all.
         rank: Of a plan: total rank R; 32 unless given.
         num_subspaces: Of a plan: M; 2 unless given.
-        partition: Of a plan: spectral_blocks (unless given), spectral_bands, contiguous_blocks,
-            random_blocks or none.
+        partition: Of a plan: spectral_blocks (unless given), aligned_blocks, spectral_bands,
+            contiguous_blocks, random_blocks or none.
         modulation: Of a plan: weight (unless given) or none.
         plot: PNG file for the singular values of the updates.
         details: Show every layer's update, not a summary of each kernel.
