@@ -135,9 +135,10 @@ Of the model only `config.json` is read. For TPUs the step is compiled by their 
 (libtpu; no TPU is needed), and memory and collectives are its word; a loop's body counts as often
 as it runs. For GPUs there is no such compiler to hand, and both are estimated: on eight host
 devices the estimate lies within a factor of two of what XLA allocates
-(`tests/planning/test_estimate.py`). Of one step on one H200 ([Performance](performance.md): Llama-3.2-1B,
-8 x 1024 tokens, slices with M = 4) it says 8.34 GiB of temporaries and at least 50 ms; XLA took 7.36
-GiB, and the step took 125 ms. `--estimate` does the same for a TPU, in seconds.
+(`tests/planning/test_estimate.py`). Of one step on one H200
+([Performance](performance.md): Llama-3.2-1B, 8 x 1024 tokens, slices with M = 4) it says 8.34 GiB
+of temporaries and at least 50 ms; XLA took 7.36 GiB, and the step took 125 ms. `--estimate`
+does the same for a TPU, in seconds.
 
 Products are counted where JAX has written them down, with the length of every scan. **Times are
 bounds**: products, weights and links each at the published peak, the slowest of the three, all else
