@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,20 @@ def in_pieces(in_block: np.ndarray, out_block: np.ndarray, num_blocks: int) -> b
     return all(
         bool(np.all(ids == pieces(ids.shape[-1], num_blocks))) for ids in (in_block, out_block)
     )
+
+
+def marked_contiguous(tree: Any, contiguous: bool) -> Any:
+    """A tree of whatever values whose blocks are said to be slices, or not to be.
+
+    Ids that ascend in a whole kernel don't in a part of it, so whoever cuts a node says no.
+    """
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, Blocks):
+            return dataclasses.replace(node, contiguous=contiguous)
+        return node
+
+    return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, Blocks))
 
 
 def diagonal_blocks(node: Modulation, division: Division) -> tuple[Block, ...] | None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from smoa_jax.adapter.diagonal import marked_contiguous
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import AbstractBase, abstract_base
 from smoa_jax.checks import refuse, require
@@ -26,7 +27,6 @@ from smoa_jax.planning.flops import count_flops
 from smoa_jax.sharding.mesh import batch_sharding, check_batch, make_mesh
 from smoa_jax.sharding.rules import check_heads
 from smoa_jax.training.config import RunConfig
-from smoa_jax.training.labels import as_slices
 from smoa_jax.training.model import adapter_config, make_decoder
 from smoa_jax.training.optimizer import make_optimizer
 from smoa_jax.training.state import abstract_state, jitted_train_step
@@ -118,7 +118,8 @@ def build_step(config: RunConfig, devices: list[Any], base: AbstractBase) -> Abs
     optimizer = make_optimizer(config, max(config.train.steps, 1))
     state, frozen = abstract_state(config, base.params, mesh, optimizer)
     if config.adapter.partition == "aligned_blocks":
-        state, frozen = as_slices(state), as_slices(frozen)
+        # As a run relabels them.
+        state, frozen = (marked_contiguous(tree, True) for tree in (state, frozen))
     shape = config.train.batch_size, config.data.max_length
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
     batch = {

@@ -17,7 +17,7 @@ import optax
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.relabelling import Relabelling, relabelling_of
 from smoa_jax.adapter.tree import partition
-from smoa_jax.adapter.types import Blocks, Params, is_modulation
+from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.native.leaves import Leaves, adapter_leaves
 from smoa_jax.models.config import DecoderConfig
 from smoa_jax.models.symmetry import shared_axes
@@ -97,15 +97,6 @@ def relabelled(
     stored = adapter_leaves(partition(params)[1])
     labels = Labels(relabelling=found, optimizer=optimizer, adapter_leaves=stored)
     return params if found is None else found.apply(params, donate=True), labels
-
-
-def as_slices(tree: Any) -> Any:
-    """A tree of any values whose blocks are slices, as those of a run of aligned blocks are."""
-
-    def visit(node: Any) -> Any:
-        return dataclasses.replace(node, contiguous=True) if isinstance(node, Blocks) else node
-
-    return jax.tree.map(visit, tree, is_leaf=is_modulation)
 
 
 def _rows(leaf: jax.Array, order: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from smoa_jax.adapter.diagonal import marked_contiguous
 from smoa_jax.adapter.tree import combine
 from smoa_jax.adapter.types import Params
 from smoa_jax.models.decoder import Decoder
@@ -73,16 +74,20 @@ def hidden_loss(
         head = DividedHead(
             model.head,
             model.config.vocab_size,
-            lambda size: _logits_function(model.with_vocabulary(size)),
+            lambda size: _logits_function(model.with_vocabulary(size), is_part=True),
         )
         return summed_cross_entropy_on_mesh(head, *parts, *rows, chunk, dropout_key)
     return summed_cross_entropy(_logits_function(model), *parts, *rows, chunk, dropout_key)
 
 
-def _logits_function(model: Decoder) -> LogitsFunction:
+def _logits_function(model: Decoder, *, is_part: bool = False) -> LogitsFunction:
+    """Of a head, or of a part of one, in which no block of its adapter is a slice."""
+
     def logits(head: Params, rest: Params, hidden: jax.Array, key: jax.Array | None) -> Any:
         rngs = None if key is None else {"dropout": key}
-        return model.apply({"params": combine(head, rest)}, hidden, method="unembed", rngs=rngs)
+        params = combine(head, rest)
+        params = marked_contiguous(params, False) if is_part else params
+        return model.apply({"params": params}, hidden, method="unembed", rngs=rngs)
 
     return logits
 

@@ -58,6 +58,9 @@ ADAPTERS = {
     "head_bands": SmoaConfig(
         rank=4, partition="spectral_bands", target_modules=[*LAYERS, "lm_head"]
     ),
+    "head_slices": SmoaConfig(
+        rank=4, partition="contiguous_blocks", target_modules=[*LAYERS, "lm_head"]
+    ),
     "head_dropout": SmoaConfig(rank=4, dropout=0.3, target_modules=[*LAYERS, "lm_head"]),
 }
 #: Model, adapter and the meshes on which to try them; every option of any occurs.
@@ -66,6 +69,7 @@ CASES = [
     ("capped", "layers", ("all",)),
     ("own", "head", ("tensor", "all", "data")),
     ("own", "head_bands", ("both",)),
+    ("own", "head_slices", ("both",)),
     ("own", "head_dropout", ("fsdp", "both")),
 ]
 
