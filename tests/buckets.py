@@ -62,7 +62,7 @@ def gcs_server() -> Iterator[str]:
     server.start()
     yield address
     server.stop()
-    del os.environ["STORAGE_EMULATOR_HOST"]
+    os.environ.pop("STORAGE_EMULATOR_HOST", None)
 
 
 @pytest.fixture

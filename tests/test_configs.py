@@ -20,10 +20,11 @@ from jax.sharding import AbstractMesh
 
 from smoa_jax.adapter.config import SmoaConfig
 from smoa_jax.adapter.tree import apply_smoa, count_trainable, trainable_mask
-from smoa_jax.cli import _config, _parse, command_parser, main, parse_run
+from smoa_jax.cli import _parse, command_parser, main, parse_run
 from smoa_jax.experiments.config import ExperimentConfig
 from smoa_jax.models.params import abstract_params
 from smoa_jax.models.stacks import layer_stacks
+from smoa_jax.parsing import instantiated
 from smoa_jax.sharding.mesh import AXES, check_batch
 from smoa_jax.sharding.rules import check_heads, param_shardings
 from smoa_jax.training.config import RunConfig
@@ -276,7 +277,7 @@ def test_the_readmes_other_commands_parse():
 @pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
 def test_a_grid_holds_the_trained_parameters_equal_that_its_comment_names(path):
     parser = command_parser("experiment")
-    config = _config(parser, _parse(parser, ["--config", str(path)]), ExperimentConfig)
+    config = instantiated(parser, _parse(parser, ["--config", str(path)]), ExperimentConfig)
     base = abstract_params(REAL_MODELS["SmolLM2-135M"].config)
     counts = {count_trainable(base, method.adapter) for method in config.grid.methods.values()}
     comment = " ".join(

@@ -65,8 +65,7 @@ class SmoaConfig:
             entry; ``none`` adds it as it is.
         alpha: Numerator of the scale; null (None) means each kernel's own R, so that the scale is
             1 under ``alpha/r``.
-        dropout: Probability of dropping an input of the adapter's path, while training; taken as
-            the nearest multiple of 1/256 from 1/256 to 255/256.
+        dropout: Probability of dropping an input of the adapter's path, while training.
         ranks: Rank of each subspace (they must sum to R); empty for an even split.
         target_modules: Names (suffixes of dotted paths), one regular expression (a string, matched
             against the whole dotted path), or ``"all-linear"``.

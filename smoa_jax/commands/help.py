@@ -157,7 +157,7 @@ _PAGES = {
         ),
         note=(
             "A run's other options may be given, in its file say; they have no effect here.\n"
-            "Of the model only its config.json is read. TPUs: pip install 'smoa-jax[tpu]'."
+            "Of the model only its config.json is read. TPUs need the extra tpu."
         ),
     ),
     "upload": _Page(usage=("smoa upload --directory DIR --name ORGANISATION/NAME [OPTION ...]",)),

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from smoa_jax.adapter.diagonal import marked_contiguous
 from smoa_jax.adapter.types import Params
 from smoa_jax.checkpoint.base import AbstractBase, abstract_base
-from smoa_jax.checks import refuse, require
+from smoa_jax.checks import how_to_install, refuse, require
 from smoa_jax.models.decoder import Decoder
 from smoa_jax.models.stacks import layer_stacks
 from smoa_jax.planning.chips import Slice
@@ -158,7 +158,7 @@ def described_devices(where: Slice) -> list[Any]:
         importlib.util.find_spec("libtpu") is not None,
         f"--topology {where.topology} without libtpu, the TPU's compiler",
         "it installed; no TPU is needed",
-        "pip install 'smoa-jax[tpu]'",
+        how_to_install("tpu"),
     )
     # It would ask a cloud's metadata for the machine it runs on, and let no second process in.
     for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():

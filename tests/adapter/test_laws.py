@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as Spec
 
 import smoa_jax
 from smoa_jax import SmoaConfig
-from smoa_jax.adapter.dropout import dropout
 from tests.adapter import oracle
 
 MEMBERS = {
@@ -659,26 +658,3 @@ def test_sharded_equals_unsharded(member, kernel_spec):
 
     kernels_close(step(spread, spread_x), step(trained, x), atol=5e-5)
     assert np.any(step(trained, x)[1])
-
-
-@pytest.mark.parametrize("rate", [0.001, 0.05, 0.25, 0.999])
-@pytest.mark.parametrize("shape", [(37, 50, 41), (1851, 41), (3, 5, 123, 41)])
-def test_dropout_drops_its_share_everywhere_and_keeps_the_mean(rate, shape):
-    share = min(max(1, round(256 * rate)), 255) / 256
-    kept = dropout(jnp.ones(shape), jax.random.key(5), rate)
-    dropped = np.asarray(kept == 0).reshape(-1, shape[-2], shape[-1])
-    count, spread = dropped.size, (share * (1 - share)) ** 0.5
-    assert abs(dropped.mean() - share) < 4 * spread / count**0.5
-    assert np.allclose(kept[kept != 0], 1 / (1 - share))
-    for axis in (1, 2) if 0.02 < share < 0.98 else ():  # no place is dropped more often
-        others = tuple({0, 1, 2} - {axis})
-        each = dropped.mean(axis=others)
-        assert np.abs(each - share).max() < 5.5 * spread / (count / each.size) ** 0.5
-    quarter = -(-shape[-2] // 4)  # bytes of one word are as independent as those of two
-    near, far = dropped[:, : shape[-2] - quarter], dropped[:, quarter:]
-    both = (near & far).mean()
-    assert abs(both - share**2) < 5 * share * (1 - share**2) ** 0.5 / near.size**0.5
-    again = dropout(jnp.ones(shape), jax.random.key(5), rate)
-    assert jnp.array_equal(kept, again)
-    if rate > 0.01:
-        assert not jnp.array_equal(kept, dropout(jnp.ones(shape), jax.random.key(6), rate))

@@ -70,7 +70,7 @@ SETTINGS = {
     ),
     "a partition that nobody knows": (
         ["--adapter.partition", "spectral"],
-        ["adapter.partition=spectral", "expected one of spectral_blocks, spectral_bands"],
+        ["adapter.partition=spectral", "expected one of spectral_blocks, aligned_blocks"],
     ),
     "an unknown option": (["--train.stepz", "3"], ["--train.stepz", "did you mean --train.steps?"]),
     "a word for a number": (["--train.steps", "many"], ["train.steps=many", "expected int"]),

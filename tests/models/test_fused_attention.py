@@ -369,11 +369,12 @@ def test_a_run_passes_its_mesh_rows_and_model_to_the_choice(monkeypatch, shardin
     monkeypatch.setattr("smoa_jax.training.model.choose_attention", record)
     config = run_config(attention="splash")
     config = dataclasses.replace(config, data=DataConfig(max_length=96, buckets=(32,), pack=True))
-    base: Any = SimpleNamespace(config=BASE, params={})
+    model = dataclasses.replace(BASE, vocab_size=64)
+    base: Any = SimpleNamespace(config=model, params=abstract_params(model))
     assert make_decoder(config, base, sharding.mesh).fused is SPLASH
     assert asked == {
         "name": "splash",
-        "config": BASE,
+        "config": model,
         "dtype": jnp.bfloat16,
         "lengths": (32, 96),
         "packed": True,

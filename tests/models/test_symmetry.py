@@ -61,7 +61,7 @@ def test_any_relabelling_leaves_the_logits_as_they_are(family):
         stays = not any(axis in labels.orders for axis in labels.table.get(keys, ()))
         assert stays == bool(jnp.array_equal(leaf, other)) or len(labels.orders) == 0, keys
     expected = logits(config, params)
-    np.testing.assert_allclose(logits(config, moved), expected, rtol=5e-5, atol=5e-5)
+    np.testing.assert_allclose(logits(config, moved), expected, rtol=2e-4, atol=2e-4)
     back = labels.inverse().apply(moved)
     assert all(
         jnp.array_equal(left, right)

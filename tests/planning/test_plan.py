@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from smoa_jax.checks import how_to_install
 from smoa_jax.cli import main
 from smoa_jax.planning.chips import parse_topology
 from smoa_jax.planning.plan import around, largest_batch, plan
@@ -194,7 +195,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(words, message, tmp_path,
 def test_without_libtpu_one_line_says_what_to_install(tmp_path, capsys):
     words = ["--model.path", str(write_model(tmp_path)), "--topology", "v5e-4"]
     assert main(["plan", *words]) == 2
-    assert "pip install 'smoa-jax[tpu]'" in capsys.readouterr().err
+    assert how_to_install("tpu") in capsys.readouterr().err
 
 
 @pytest.mark.slow

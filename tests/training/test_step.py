@@ -179,6 +179,9 @@ def test_parts_of_a_batch_have_masks_of_their_own(params, batch):
 class Toy:
     """A model of one factor: logits are ``hidden + bias``, the factor sits at token 1."""
 
+    head = None  # on one device
+    config = DECODER  # whose head is its own
+
     def apply(self, variables, *args, method, rngs=None):
         params = variables["params"]
         if method == "unembed":
