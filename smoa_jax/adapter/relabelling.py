@@ -8,7 +8,8 @@ from the ids themselves, so a restored adapter is relabelled as a fresh one is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -162,7 +163,17 @@ def _reordered(ids: np.ndarray, order: np.ndarray | None) -> np.ndarray:
 
 
 def _moved(leaf: jax.Array, orders: _Orders, stacked: bool, donate: bool = False) -> jax.Array:
-    """A tensor with axes in other orders, where it lies; of a stack a layer at a time."""
+    """A tensor with axes in other orders, where it lies."""
+    sharding = getattr(leaf, "sharding", None)
+    where = sharding if isinstance(sharding, NamedSharding) else None
+    return _mover(stacked, where, donate)(leaf, orders)
+
+
+@functools.cache
+def _mover(
+    stacked: bool, where: NamedSharding | None, donate: bool
+) -> Callable[[jax.Array, _Orders], jax.Array]:
+    """(tensor, orders) -> the tensor in those orders, of a stack a layer at a time."""
 
     def one(layer: jax.Array, orders: dict[int, jax.Array]) -> jax.Array:
         for axis, order in orders.items():
@@ -175,7 +186,4 @@ def _moved(leaf: jax.Array, orders: _Orders, stacked: bool, donate: bool = False
         whole = {n: jnp.broadcast_to(o, (len(leaf), o.shape[-1])) for n, o in orders.items()}
         return jax.lax.map(lambda layer: one(*layer), (leaf, whole))
 
-    sharding = getattr(leaf, "sharding", None)
-    where = sharding if isinstance(sharding, NamedSharding) else None
-    move = jax.jit(every, out_shardings=where, donate_argnums=0 if donate else ())
-    return move(leaf, orders)
+    return jax.jit(every, out_shardings=where, donate_argnums=0 if donate else ())

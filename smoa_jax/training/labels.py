@@ -8,6 +8,8 @@ for bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,7 +44,8 @@ class Labels:
         """A state in the order of files."""
         if self.relabelling is None:
             return state
-        return self._moved(state, self.relabelling.inverse(), None)
+        where = jax.tree.map(lambda leaf: leaf.sharding, state)
+        return self._moved(state, self.relabelling.inverse(), where)
 
     def restored(self, state: State, trainable: Params, shardings: dict[str, Any]) -> State:
         """A state from a file in the order of the run.
@@ -67,18 +70,8 @@ class Labels:
     def _moved(self, state: State, relabelling: Relabelling, shardings: Any) -> State:
         """A state with the rows of factors and of their moments in another order."""
         orders = relabelling.row_orders(state["trainable"])
-
-        def move(state: State) -> State:
-            moments = optax.tree_utils.tree_map_params(
-                self.optimizer, _rows, state["opt_state"], orders
-            )
-            factors = jax.tree.map(_rows, state["trainable"], orders)
-            return {**state, "trainable": factors, "opt_state": moments}
-
-        where = jax.tree.map(lambda leaf: leaf.sharding, state) if shardings is None else shardings
-        leaves = jax.tree.leaves(where)
-        where = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        return jax.jit(move, out_shardings=where)(state)
+        where = tuple(jax.tree.leaves(shardings))
+        return _mover(self.optimizer, jax.tree.structure(state), where)(state, orders)
 
 
 def relabelled(
@@ -97,6 +90,20 @@ def relabelled(
     stored = adapter_leaves(partition(params)[1])
     labels = Labels(relabelling=found, optimizer=optimizer, adapter_leaves=stored)
     return params if found is None else found.apply(params, donate=True), labels
+
+
+@functools.cache
+def _mover(
+    optimizer: optax.GradientTransformation, structure: Any, shardings: tuple[Any, ...]
+) -> Callable[[State, Params], State]:
+    """(state, orders) -> the state with its rows in those orders; compiled once for all saves."""
+
+    def move(state: State, orders: Params) -> State:
+        moments = optax.tree_utils.tree_map_params(optimizer, _rows, state["opt_state"], orders)
+        factors = jax.tree.map(_rows, state["trainable"], orders)
+        return {**state, "trainable": factors, "opt_state": moments}
+
+    return jax.jit(move, out_shardings=jax.tree.unflatten(structure, shardings))
 
 
 def _rows(leaf: jax.Array, order: jax.Array) -> jax.Array:

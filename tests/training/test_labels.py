@@ -67,7 +67,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base_dir, tmp_pat
     whole, resumed = Watch(), Watch()
     run(run_config(base_dir, tmp_path / "whole", **changes), on_step=whole)
     broken = run_config(base_dir, tmp_path / "broken", train_save_every=2, **changes)
+    looked_up = labels._mover.cache_info()
     assert not run(broken, on_step=Watch(stop_after=3)).finished
+    saves = labels._mover.cache_info()  # after steps 2 and 3, by one program
+    assert (saves.misses - looked_up.misses, saves.hits - looked_up.hits) == (1, 1)
     assert run(broken, resume=True, on_step=resumed).finished
     chex.assert_trees_all_equal(resumed.state, whole.state)
     left, right = (adapter_of(tmp_path / name) for name in ("whole", "broken"))
