@@ -1,6 +1,6 @@
 """What has to hold on an accelerator, in one line each.
 
-    python benchmarks/gpu_checks.py
+    python -m benchmarks.gpu_checks
 
 Products and their gradients of every kind of adapter in float32 against NumPy's float64; hazard 1's
 bound in bf16; cuDNN's attention against the plain path; loss and gradients of a whole decoder in

@@ -97,17 +97,29 @@ def batch_of(config: DecoderConfig, rows: int, length: int) -> dict[str, jax.Arr
     }
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def step_parser(description: str) -> argparse.ArgumentParser:
+    """The options of a step, whatever takes it."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS))
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=7)
+    return parser
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float]:
+    """The median, and half the distance of the quartiles."""
+    first, median, third = statistics.quantiles(times, n=4)
+    return median, (third - first) / 2
+
+
+def main() -> None:
+    """Print the table."""
+    parser = step_parser(__doc__ or "")
     parser.add_argument("--remat", default="projections")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--only", default="", help="adapters whose names contain this, LoRA always")
     options = parser.parse_args()
@@ -156,8 +168,7 @@ def main() -> None:
             jax.block_until_ready(state)
             if number > 1:
                 times.append(time.perf_counter() - start)
-        quartiles = statistics.quantiles(times, n=4)
-        seconds, spread = quartiles[1], (quartiles[2] - quartiles[0]) / 2
+        seconds, spread = median_and_spread(times)
         first = first or seconds
         memory: Any = compiled.memory_analysis()
         print(

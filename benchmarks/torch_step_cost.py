@@ -1,6 +1,6 @@
 """The same training step in PyTorch: PEFT's LoRA and HiRA, and a plain transcription of SMoA [S2].
 
-    python benchmarks/torch_step_cost.py --model llama-1b --rows 8 --length 1024
+    python -m benchmarks.torch_step_cost --model llama-1b --rows 8 --length 1024
 
 Shapes, targets, batch and optimizer are those of ``step_cost.py``; weights are random. The model is
 transformers', runs eagerly with PyTorch's own attention and keeps all activations: no
@@ -11,13 +11,11 @@ second product, of which PyTorch takes the dense weight gradient.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import statistics
 import time
 from typing import Any
 
-from benchmarks.step_cost import MODELS
+from benchmarks.step_cost import MODELS, median_and_spread, step_parser
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -73,14 +71,7 @@ def adapted(model: Any, method: str, rank: int) -> Any:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS))
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = step_parser(__doc__ or "").parse_args()
     transformers: Any = importlib.import_module("transformers")
     shape = MODELS[options.model]
     config = transformers.LlamaConfig(
@@ -134,8 +125,7 @@ def main() -> None:
                 torch.cuda.synchronize()
             if number > 2:
                 times.append(time.perf_counter() - start)
-        quartiles = statistics.quantiles(times, n=4)
-        seconds, spread = quartiles[1], (quartiles[2] - quartiles[0]) / 2
+        seconds, spread = median_and_spread(times)
         first = first or seconds
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
         print(
