@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from jaxtyping import Array, Float, Key
 from smoa_jax.adapter.diagonal import Division, assembled
 from smoa_jax.adapter.dropout import dropout
 from smoa_jax.adapter.factors import gather_spread, spread_factors
-from smoa_jax.adapter.placement import MatmulSharding, product_specs
+from smoa_jax.adapter.placement import MatmulSharding, num_parts, product_specs, sum_over
 from smoa_jax.adapter.products import HIGHEST, contract, contract_leading, instantiate
 from smoa_jax.adapter.residual import (
     Part,
@@ -314,7 +313,7 @@ def _product_on_mesh(
 
     def local(inputs, kernel, modulation):
         y = _weight_modulated(inputs, kernel, modulation, _division(sharding))
-        return _sum(y, sharding.inputs).astype(dtype)
+        return sum_over(y, sharding.inputs).astype(dtype)
 
     return jax.shard_map(
         local,
@@ -340,9 +339,9 @@ def _gradients_on_mesh(
         division = _division(sharding)
         paths = _weight_modulated_paths(kernel, modulation, dy, num_paths, division)
         da, db = _factor_gradients(dropped, kernel, modulation, dy, division)
-        paths = tuple(_sum(path, sharding.outputs) for path in paths)
-        da = _sum(da, sharding.batch + sharding.outputs)
-        return paths, da, _sum(db, sharding.batch + sharding.inputs)
+        paths = tuple(sum_over(path, sharding.outputs) for path in paths)
+        da = sum_over(da, sharding.batch + sharding.outputs)
+        return paths, da, sum_over(db, sharding.batch + sharding.inputs)
 
     return jax.shard_map(
         local,
@@ -356,15 +355,10 @@ def _gradients_on_mesh(
 def _division(sharding: MatmulSharding) -> Division:
     """Of the kernel's two axes, as a device within ``shard_map`` sees it."""
     inputs, outputs = (
-        math.prod(sharding.mesh.shape[axis] for axis in axes)
-        for axes in (sharding.inputs, sharding.outputs)
+        num_parts(sharding.mesh, axes) for axes in (sharding.inputs, sharding.outputs)
     )
     axes = sharding.inputs + sharding.outputs
     return Division(inputs, outputs, jax.lax.axis_index(axes) if axes else 0)
-
-
-def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.psum(value, axes) if axes else value
 
 
 def _is_primal(value: Any) -> bool:
@@ -391,7 +385,7 @@ def _viewed_matmul(x, kernel, modulation, dropout_key, sharding):
 
 
 def _check_rows(x: jax.Array, sharding: MatmulSharding) -> None:
-    parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.batch)
+    parts = num_parts(sharding.mesh, sharding.batch)
     require(
         x.ndim >= 2 and x.shape[0] % parts == 0,
         f"x{x.shape} over {'+'.join(sharding.batch)}={parts}",

@@ -8,6 +8,7 @@ output axis, bands both; ranks are whole. Forming the update then needs no commu
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -144,6 +145,16 @@ class ProductSpecs(NamedTuple):
     kernel: PartitionSpec
     y: PartitionSpec
     modulation: Any
+
+
+def num_parts(mesh: Any, axes: tuple[str, ...]) -> int:
+    """Into how many parts these axes of a mesh divide a dimension."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def sum_over(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Within ``shard_map``: the sum over devices that differ in these axes, if there are any."""
+    return jax.lax.psum(value, axes) if axes else value
 
 
 def product_specs(sharding: MatmulSharding, ndim: int, modulation: Modulation) -> ProductSpecs:

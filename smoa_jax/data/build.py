@@ -97,22 +97,10 @@ def build_data(
     config = _settled(config, train_rows or eval_rows)
     template = make_template(config.template, tokenizer)
 
-    def encode(rows: list[AnyRow]) -> ExamplesIndex:
-        examples = encode_rows(
-            rows,
-            template,
-            tokenizer,
-            max_length=config.max_length,
-            response_only=config.response_only,
-            on_bad_row=config.on_bad_row,
-        )
-        plan = plan_rows(
-            examples, max_length=config.max_length, pack=config.pack, buckets=config.buckets
-        )
-        return ExamplesIndex(examples=examples, plan=plan)
-
-    train = encode(train_rows) if train_rows else None
-    held_out = encode(eval_rows) if eval_rows else None
+    train, held_out = (
+        index_rows(rows, config, template, tokenizer) if rows else None
+        for rows in (train_rows, eval_rows)
+    )
     questions = encode_questions(
         eval_rows,
         template,
@@ -206,6 +194,24 @@ def _settled(config: DataConfig, rows: list[AnyRow]) -> DataConfig:
             verbatim = all(getattr(row, "verbatim", True) for row in rows)
             template = "plain" if verbatim else "alpaca"
     return dataclasses.replace(config, source=config.origin, template=template)
+
+
+def index_rows(
+    rows: list[AnyRow], config: DataConfig, template: Any, tokenizer: Any
+) -> ExamplesIndex:
+    """Rows as tokens, and in which rows of a batch they come to stand."""
+    examples = encode_rows(
+        rows,
+        template,
+        tokenizer,
+        max_length=config.max_length,
+        response_only=config.response_only,
+        on_bad_row=config.on_bad_row,
+    )
+    plan = plan_rows(
+        examples, max_length=config.max_length, pack=config.pack, buckets=config.buckets
+    )
+    return ExamplesIndex(examples=examples, plan=plan)
 
 
 def load_rows(config: DataConfig) -> tuple[list[AnyRow], list[AnyRow], Counter[str]]:

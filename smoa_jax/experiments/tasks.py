@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from smoa_jax.checks import require
-from smoa_jax.data.build import load_rows
+from smoa_jax.data.build import index_rows, load_rows
 from smoa_jax.data.config import DataConfig
 from smoa_jax.data.encode import Questions, encode_questions, encode_rows
 from smoa_jax.data.packing import plan_rows
@@ -85,14 +85,8 @@ def build_task(config: ExperimentConfig, seed: int, tokenizer: Any) -> Task:
     digest = hashlib.sha256()
 
     def encode(rows: list[AnyRow]) -> ExamplesIndex:
-        examples = encode_rows(
-            rows,
-            template,
-            tokenizer,
-            max_length=data.max_length,
-            response_only=data.response_only,
-            on_bad_row=data.on_bad_row,
-        )
+        index = index_rows(rows, data, template, tokenizer)
+        examples = index.examples
         cut = examples.counts["responses_truncated"] + examples.counts["prompt_too_long"]
         require(
             not (config.probe.pairs and cut),
@@ -105,9 +99,7 @@ def build_task(config: ExperimentConfig, seed: int, tokenizer: Any) -> Task:
             responses_cut=examples.counts["responses_truncated"],
         )
         digest.update(examples.tokens.tobytes())
-        return ExamplesIndex(
-            examples=examples, plan=plan_rows(examples, max_length=data.max_length)
-        )
+        return index
 
     index = encode(train)
     splits = {

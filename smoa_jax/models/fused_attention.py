@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from smoa_jax.adapter.placement import num_parts
 from smoa_jax.checks import require
 from smoa_jax.models.attention import FusedAttention, Locality, segment_mask
 from smoa_jax.models.config import DecoderConfig
@@ -335,8 +335,7 @@ def _on_each_device(
     """``attend`` with the rows and heads that each device has."""
     if sharding is None:
         return attend(query, key, value, segment_ids, local)
-    shape = sharding.mesh.shape
-    parts = [math.prod(shape[axis] for axis in axes) for axes in (sharding.batch, sharding.heads)]
+    parts = [num_parts(sharding.mesh, axes) for axes in (sharding.batch, sharding.heads)]
     require(
         query.shape[0] % parts[0] == 0 and key.shape[2] % parts[1] == 0,
         f"{query.shape[0]} rows and {key.shape[2]} key/value heads over {parts[0]} and {parts[1]} "

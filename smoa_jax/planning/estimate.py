@@ -12,12 +12,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from smoa_jax.adapter.targets import find_targets
 from smoa_jax.planning.step import AbstractStep
-from smoa_jax.sharding.memory import bytes_per_device
+from smoa_jax.sharding.memory import bytes_per_device, total_bytes
 
 
 def estimated_temporaries(step: AbstractStep, *, fused: bool) -> int:
@@ -44,7 +43,7 @@ def estimated_collectives(step: AbstractStep) -> dict[str, int]:
     parts, tensor = step.config.train.accumulate, sizes["tensor"]
     found = {}
     if sizes["fsdp"] > 1:
-        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.base.params))
+        whole = total_bytes(step.base.params)
         found["all-gather"] = 2 * parts * whole // tensor * (sizes["fsdp"] - 1) // sizes["fsdp"]
     if tensor > 1:
         values = config.num_layers * _local_tokens(step) * config.embed_dim

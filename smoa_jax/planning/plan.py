@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from smoa_jax.adapter.planning.memory import decomposition_bytes
+from smoa_jax.adapter.planning.stack import SPECTRAL_PARTITIONS
 from smoa_jax.adapter.targets import find_targets
 from smoa_jax.adapter.types import is_modulation
 from smoa_jax.checkpoint.base import AbstractBase
@@ -27,7 +28,7 @@ from smoa_jax.planning.chips import Slice
 from smoa_jax.planning.estimate import estimated_collectives, estimated_temporaries
 from smoa_jax.planning.program_text import collective_bytes
 from smoa_jax.planning.step import AbstractStep, build_step
-from smoa_jax.sharding.memory import bytes_per_device
+from smoa_jax.sharding.memory import bytes_per_device, total_bytes
 from smoa_jax.training.config import RunConfig
 
 
@@ -144,7 +145,7 @@ def plan(
         fused = fused or step.model.fused is not None
         temporaries = estimated_temporaries(step, fused=fused)
         moved = estimated_collectives(step)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base.params))
+    whole = total_bytes(base.params)
     return Plan(
         where=where,
         mesh=dict(step.mesh.shape),
@@ -261,7 +262,7 @@ class Around:
 def around(step: AbstractStep) -> Around:
     """What planning the spectra takes, and what is written."""
     adapter = step.config.adapter
-    spectral = adapter.partition in ("spectral_blocks", "spectral_bands")
+    spectral = adapter.partition in SPECTRAL_PARTITIONS
     targets = find_targets(step.base.params, adapter) if spectral else []
     bands = adapter.num_subspaces if adapter.partition == "spectral_bands" else 1
     count, flops, largest = 0, 0.0, 0
@@ -273,7 +274,7 @@ def around(step: AbstractStep) -> Around:
         flops += layers * (2.0 * large * small**2 + 9.0 * small**3)
         largest = max(largest, decomposition_bytes(inputs, outputs, bands))
     size = {
-        name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        name: total_bytes(tree)
         for name, tree in {
             "state": step.state,
             "factors": step.state["trainable"],

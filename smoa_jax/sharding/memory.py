@@ -42,6 +42,11 @@ def exhaustion_explained(remedy: str) -> Iterator[None]:
         ) from error
 
 
+def total_bytes(tree: Any) -> int:
+    """What the arrays of ``tree`` take together, abstract ones too."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def bytes_per_device(tree: Any) -> int:
     """What the arrays of ``tree`` take on the device that holds the most of each."""
     return sum(

@@ -7,7 +7,6 @@ cover, or that a rule does not divide is an error: nothing is replicated in sile
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -20,6 +19,7 @@ from smoa_jax.adapter.placement import (
     MatmulSharding,
     ProductShardings,
     modulation_shardings,
+    num_parts,
 )
 from smoa_jax.adapter.targets import KERNEL_KEY, lookup, walk
 from smoa_jax.adapter.tree import kernel_key
@@ -217,7 +217,7 @@ def _check_divides(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh:
     """Refuse a leaf whose axes the mesh does not divide."""
     for size, entry in zip(shape, spec, strict=True):
         axes = (entry,) if isinstance(entry, str) else (entry or ())
-        parts = math.prod(mesh.shape[axis] for axis in axes)
+        parts = num_parts(mesh, axes)
         require(
             size % parts == 0,
             f"{name} of shape {shape} over {'+'.join(axes)}={parts}",

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from smoa_jax.adapter.placement import HeadSharding, modulation_specs
+from smoa_jax.adapter.placement import HeadSharding, modulation_specs, num_parts, sum_over
 from smoa_jax.adapter.tree import combine, partition
 from smoa_jax.adapter.types import Params, is_modulation
 from smoa_jax.training.loss import (
@@ -77,20 +76,17 @@ class DividedHead:
     @property
     def stored(self) -> int:
         """Columns of the vocabulary in a stored part."""
-        return self.vocab_size // self._parts(self.sharding.outputs)
+        return self.vocab_size // num_parts(self.sharding.mesh, self.sharding.outputs)
 
     @property
     def subparts(self) -> int:
         """Into how many a stored part is divided further."""
-        return self._parts(self.sharding.inputs)
+        return num_parts(self.sharding.mesh, self.sharding.inputs)
 
     @property
     def size(self) -> int:
         """Columns of a device's part, the last ones of some parts being padding."""
         return -(-self.stored // self.subparts)
-
-    def _parts(self, axes: tuple[str, ...]) -> int:
-        return math.prod(self.sharding.mesh.shape[axis] for axis in axes)
 
 
 def summed_cross_entropy_on_mesh(
@@ -127,7 +123,7 @@ def _summed(head, chunk, trainable, frozen, key, *rows):
         own, rest = _own_part(head, trainable, frozen)
         of_chunk = functools.partial(_chunk_loss, head, rest)
         total = sum_over_chunks(of_chunk, chunk, own, _own_key(head, key), *rows)
-        return _psum(total, head.apart)
+        return sum_over(total, head.apart)
 
     return _on_mesh(head, local, trainable, frozen, key, rows)
 
@@ -140,7 +136,7 @@ def _summed_forward(head, chunk, trainable, frozen, key, *rows):
             of_chunk, chunk, own, _own_key(head, key), *rows
         )
         gradient = _home(head, gradient, trainable, frozen)
-        return _psum(total, head.apart), (gradient, of_hidden)
+        return sum_over(total, head.apart), (gradient, of_hidden)
 
     return _on_mesh(head, local, trainable, frozen, key, rows, gradients=True)
 
@@ -228,7 +224,7 @@ def _home(head: DividedHead, gradient: Params, trainable: Params, frozen: Params
         (found,) = jax.vjp(lambda leaf: _own_columns(head, leaf, words), stored)[1](own)
         entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
         divided = {name for entry in entries for name in entry}
-        return _psum(found, tuple(axis for axis in axes if axis not in divided))
+        return sum_over(found, tuple(axis for axis in axes if axis not in divided))
 
     words, specs = partition(_words(trainable, frozen))[0], _specs(head, trainable, frozen)[0]
     return jax.tree.map(home, trainable, gradient, words, specs)
@@ -260,7 +256,7 @@ def _chunk_gradients(head, frozen, trainable, key, hidden, targets, weights):
     )
     loss, of_logits = _cross_entropy(head, logits, targets, weights)
     of_trainable, of_hidden = pull(of_logits)
-    wide = _psum(
+    wide = sum_over(
         of_hidden.astype(jnp.float32),
         tuple(axis for axis in head.axes if axis not in head.gathered),
     )
@@ -298,9 +294,9 @@ def _cross_entropy(
     chosen = own[None, None, :] == targets[..., None]
     highest = logits.max(axis=-1)
     highest = jax.lax.pmax(highest, head.axes) if head.axes else highest
-    total = _psum(jnp.exp(logits - highest[..., None]).sum(axis=-1), head.axes)
+    total = sum_over(jnp.exp(logits - highest[..., None]).sum(axis=-1), head.axes)
     log_total = highest + jnp.log(total)
-    of_target = _psum(jnp.where(chosen, logits, 0.0).sum(axis=-1), head.axes)
+    of_target = sum_over(jnp.where(chosen, logits, 0.0).sum(axis=-1), head.axes)
     loss = jnp.sum(weights * (log_total - of_target))
     return loss, weights[..., None] * (jnp.exp(logits - log_total[..., None]) - chosen)
 
@@ -309,7 +305,3 @@ def _gather(head: DividedHead, x: jax.Array) -> jax.Array:
     if not head.gathered:
         return x
     return jax.lax.all_gather(x, head.gathered, axis=0, tiled=True)
-
-
-def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.psum(value, axes) if axes else value

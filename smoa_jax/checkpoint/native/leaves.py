@@ -228,16 +228,16 @@ def _check_values(target: Target, config: SmoaConfig, node: Modulation) -> None:
     )
     if isinstance(node, Blocks):
         for name, size in zip(("in_block", "out_block"), target.matrix_shape[-2:], strict=True):
-            sizes, ids = split_evenly(size, config.num_subspaces), getattr(node, name)
+            ids, ascending = getattr(node, name), pieces(size, config.num_subspaces)
             require(
-                _equal(jnp.sort(ids, axis=-1), pieces(size, config.num_subspaces)),
+                _equal(jnp.sort(ids, axis=-1), ascending),
                 f"{name} of {target.name} that doesn't divide {size} coordinates in blocks of "
-                f"{listed(sizes)}",
+                f"{listed(split_evenly(size, config.num_subspaces))}",
                 "one block id for each",
                 "the adapter is damaged",
             )
             require(
-                not node.contiguous or _equal(ids, pieces(size, config.num_subspaces)),
+                not node.contiguous or _equal(ids, ascending),
                 f"{name} of {target.name} in another order than {config.partition}'s",
                 "ids that ascend",
                 "the adapter is damaged, or its config is another's",
